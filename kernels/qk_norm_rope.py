@@ -1,0 +1,50 @@
+"""Per-head RMS normalisation of queries and keys, followed by the rotary embedding."""
+
+import torch
+from torch import Tensor
+
+from kernels.rms_norm import rms_norm
+
+
+def rotate_ref(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate adjacent feature pairs ``(2i, 2i+1)`` by the angle of their position, in fp32.
+
+    Args:
+        x: ``[T, heads, head_dim]``.
+        cos: ``[T, head_dim / 2]`` fp32.
+        sin: ``[T, head_dim / 2]`` fp32.
+
+    Returns:
+        ``[T, heads, head_dim]`` fp32.
+    """
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Normalise each head of q and k, then rotate them (QK-norm before RoPE).
+
+    Args:
+        q: ``[T, heads, head_dim]``.
+        k: ``[T, kv_heads, head_dim]``.
+        q_weight: ``[head_dim]``.
+        k_weight: ``[head_dim]``.
+        cos: ``[T, head_dim / 2]`` fp32.
+        sin: ``[T, head_dim / 2]`` fp32.
+        eps: of the normalisation.
+
+    Returns:
+        q and k in their shapes and the dtype they came in.
+    """
+    rotated_q = rotate_ref(rms_norm(q, q_weight, eps), cos, sin).to(q.dtype)
+    rotated_k = rotate_ref(rms_norm(k, k_weight, eps), cos, sin).to(k.dtype)
+    return rotated_q, rotated_k

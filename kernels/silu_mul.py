@@ -1,0 +1,17 @@
+"""The gate of the SwiGLU feed-forward."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``SiLU(gate) * up`` on the two halves of one fused projection.
+
+    Args:
+        gate_up: ``[..., 2 * F]``, the gate half first.
+
+    Returns:
+        ``[..., F]``.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up

@@ -1,0 +1,168 @@
+"""Building blocks of the Next-DiT on packed tokens.
+
+Shapes: T = tokens of all sequences, n = sequences, d = width, e = modulation width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.qk_norm_rope import qk_norm_rope
+from kernels.rms_norm import rms_norm
+from kernels.silu_mul import silu_mul
+from model.attention import packed_attention
+from model.config import FREQUENCY_DIM, NextDiTConfig
+from model.packing import Layout
+
+QK_NORM_EPS = 1e-5  # fixed, whatever norm_eps says: diffusers and the released weights agree on it
+FINAL_NORM_EPS = 1e-6
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm with weight; ``scale`` modulates as ``* (1 + scale)``."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """``[..., dim]`` to ``[..., dim]``."""
+        return rms_norm(x, self.weight, self.eps, scale)
+
+
+class Attention(nn.Module):
+    """Bias-free grouped-query attention with QK-norm and rotary positions."""
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_kv_heads
+        self.head_dim = config.head_dim
+        kv_dim = self.kv_heads * self.head_dim
+        self.qkv = nn.Linear(config.hidden_size, config.hidden_size + 2 * kv_dim, bias=False)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, QK_NORM_EPS)
+        self.k_norm = RMSNorm(self.head_dim, QK_NORM_EPS)
+
+    def forward(self, x: Tensor, layout: Layout, cos: Tensor, sin: Tensor) -> Tensor:
+        """``[T, d]`` to ``[T, d]``."""
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
+        q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, QK_NORM_EPS)
+        out: Tensor = self.out(packed_attention(q, k, v, layout).flatten(1))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``W2(SiLU(W1 x) * W3 x)``, with W1 and W3 fused."""
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.ffn_dim, bias=False)
+        self.down = nn.Linear(config.ffn_dim, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, d]`` to ``[T, d]``."""
+        out: Tensor = self.down(silu_mul(self.gate_up(x)))
+        return out
+
+
+class Block(nn.Module):
+    """Sandwich-normalised transformer block; modulated by the timestep unless it refines text."""
+
+    def __init__(self, config: NextDiTConfig, *, modulated: bool) -> None:
+        super().__init__()
+        d, eps = config.hidden_size, config.norm_eps
+        self.attention = Attention(config)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm1 = RMSNorm(d, eps)
+        self.attention_norm2 = RMSNorm(d, eps)
+        self.ffn_norm1 = RMSNorm(d, eps)
+        self.ffn_norm2 = RMSNorm(d, eps)
+        self.modulation = nn.Linear(config.modulation_dim, 4 * d) if modulated else None
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: Layout,
+        cos: Tensor,
+        sin: Tensor,
+        time_embedding: Tensor | None = None,
+        sequence_index: Tensor | None = None,
+    ) -> Tensor:
+        """``[T, d]`` to ``[T, d]``.
+
+        Args:
+            x: the residual stream.
+            layout: of the T tokens.
+            cos: ``[T, head_dim / 2]`` fp32.
+            sin: ``[T, head_dim / 2]`` fp32.
+            time_embedding: ``[n, e]`` after SiLU; modulated blocks only.
+            sequence_index: ``[T]``; modulated blocks only.
+        """
+        if self.modulation is None:
+            attended = self.attention(self.attention_norm1(x), layout, cos, sin)
+            x = x + self.attention_norm2(attended)
+            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+        assert time_embedding is not None
+        assert sequence_index is not None
+        scale_attn, gate_attn, scale_ffn, gate_ffn = self.modulation(time_embedding).chunk(4, -1)
+        per_sequence = torch.cat(
+            (scale_attn, gate_attn.tanh(), scale_ffn, gate_ffn.tanh()), dim=-1
+        )
+        scale_attn, gate_attn, scale_ffn, gate_ffn = per_sequence.index_select(
+            0, sequence_index
+        ).chunk(4, -1)
+        attended = self.attention(self.attention_norm1(x, scale_attn), layout, cos, sin)
+        x = x + gate_attn * self.attention_norm2(attended)
+        return x + gate_ffn * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x, scale_ffn)))
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid of the raw timestep in [0, 1], cosine half first, then a two-layer MLP."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(FREQUENCY_DIM, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """``[n]`` timesteps to ``[n, e]``."""
+        half = FREQUENCY_DIM // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+        angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000.0) * exponents)
+        sinusoid = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.linear_1.weight.dtype)
+        out: Tensor = self.linear_2(F.silu(self.linear_1(sinusoid)))
+        return out
+
+
+class CaptionEmbedder(nn.Module):
+    """RMSNorm of the text features, then a projection to the model's width."""
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
+        self.linear = nn.Linear(config.cap_feat_dim, config.hidden_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``[T, cap_feat_dim]`` to ``[T, d]``."""
+        out: Tensor = self.linear(self.norm(features))
+        return out
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm without affine, scaled by the timestep (no shift), projected to patches."""
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(config.modulation_dim, config.hidden_size)
+        self.linear = nn.Linear(config.hidden_size, config.patch_dim)
+
+    def forward(self, x: Tensor, time_embedding: Tensor, sequence_index: Tensor) -> Tensor:
+        """``[T, d]``, ``[n, e]`` after SiLU and ``[T]`` to ``[T, patch_dim]``."""
+        scale = self.modulation(time_embedding).index_select(0, sequence_index)
+        normed = F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS)
+        out: Tensor = self.linear(normed * (1 + scale))
+        return out

@@ -1,0 +1,135 @@
+"""From a checkpoint folder to a `Pipeline`: which parts, that they are whole and fit together.
+
+The folder is diffusers' pipeline layout. Every fault becomes a `CheckpointError` of one line that
+names the file.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.checkpoint import CheckpointError, read_json, verify_manifest
+from model.generation_config import load_generation_config
+from model.next_dit import NextDiT
+from model.pipeline import Pipeline
+from model.request import SIZE_MULTIPLE
+from model.text_encoder import MAX_TOKENS, TextEncoder
+from model.vae import VAE
+
+# Early uploads of the released model carry the older class name.
+_PIPELINE_CLASSES = ("Lumina2Pipeline", "Lumina2Text2ImgPipeline")
+_PART_CLASSES = {
+    "transformer": ("Lumina2Transformer2DModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("Gemma2Model",),
+    "tokenizer": ("GemmaTokenizer", "GemmaTokenizerFast"),
+    "scheduler": ("FlowMatchEulerDiscreteScheduler",),
+}
+# Settings of diffusers' scheduler that would bend the schedule in ways not supported here.
+_SCHEDULE_SWITCHES = (
+    "use_dynamic_shifting",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "invert_sigmas",
+    "shift_terminal",
+    "stochastic_sampling",
+)
+
+
+def load_pipeline(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Pipeline:
+    """Load a checkpoint folder; its `manifest.json`, where present, is verified first.
+
+    Args:
+        folder: holds `model_index.json`.
+        device: where everything runs.
+        dtype: of all weights; latents between steps stay float32.
+
+    Raises:
+        CheckpointError: one line naming the file and the fault.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such checkpoint folder")
+    _check_index(folder)
+    verify_manifest(folder)
+    shift = _read_shift(folder / "scheduler" / "scheduler_config.json")
+    dit = NextDiT.from_pretrained(folder / "transformer", device=device, dtype=dtype)
+    vae = VAE.from_pretrained(folder / "vae", device=device, dtype=dtype)
+    text_encoder = TextEncoder.from_pretrained(
+        folder,
+        device=device,
+        dtype=dtype,
+        max_tokens=min(MAX_TOKENS, dit.config.max_caption_tokens),
+    )
+    _check_fit(dit, vae, text_encoder)
+    generation_config = load_generation_config(
+        folder,
+        shift=shift,
+        trained_size=dit.config.sample_size * vae.downscale,
+        size_multiple=math.lcm(SIZE_MULTIPLE, vae.downscale * dit.config.patch_size),
+    )
+    return Pipeline(
+        dit=dit, vae=vae, text_encoder=text_encoder, generation_config=generation_config
+    )
+
+
+def _check_index(folder: Path) -> None:
+    """Refuse a folder that is some other kind of pipeline, or that lacks a part."""
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") not in _PIPELINE_CLASSES:
+        raise CheckpointError(
+            f"model_index.json: _class_name {index.get('_class_name')!r} is not supported: "
+            f"only {' or '.join(_PIPELINE_CLASSES)} is"
+        )
+    for part, classes in _PART_CLASSES.items():
+        entry = index.get(part)
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else entry
+        if name not in classes:
+            raise CheckpointError(
+                f"model_index.json: {part} {name!r} is not supported: "
+                f"only {' or '.join(classes)} is"
+            )
+        if not (folder / part).is_dir():
+            raise CheckpointError(f"{part}/: the folder is missing")
+
+
+def _read_shift(path: Path) -> float:
+    """The resolution shift of the schedule."""
+    config: dict[str, Any] = read_json(path)
+    for name in _SCHEDULE_SWITCHES:
+        if config.get(name):
+            raise CheckpointError(
+                f"scheduler/scheduler_config.json: {name} {config[name]!r} is not supported"
+            )
+    shift = config.get("shift", 1.0)  # diffusers' own default
+    number = isinstance(shift, int | float) and not isinstance(shift, bool)
+    if not number or not 0.0 < shift <= 100.0:
+        raise CheckpointError(
+            f"scheduler/scheduler_config.json: shift {shift!r} is not allowed: "
+            "give a number above 0 and up to 100"
+        )
+    return float(shift)
+
+
+def _check_fit(dit: NextDiT, vae: VAE, text_encoder: TextEncoder) -> None:
+    """Refuse parts that are whole but belong to different models."""
+    if vae.latent_channels != dit.config.in_channels:
+        raise CheckpointError(
+            f"vae/config.json: latent_channels {vae.latent_channels} differs from in_channels "
+            f"{dit.config.in_channels} of transformer/config.json"
+        )
+    if text_encoder.feature_dim != dit.config.cap_feat_dim:
+        raise CheckpointError(
+            f"text_encoder/config.json: hidden_size {text_encoder.feature_dim} differs from "
+            f"cap_feat_dim {dit.config.cap_feat_dim} of transformer/config.json"
+        )

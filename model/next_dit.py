@@ -1,0 +1,257 @@
+"""The Unified Next-DiT of Lumina-Image 2.0 on packed ragged sequences.
+
+Caption and image tokens of one sample form one sequence; all sequences of a batch are one run of
+tokens. There is no padding and no mask, so one image, a mixed-resolution batch, CFG branches and
+training share one code path. Architecture: arXiv 2503.21758, section 3.1.
+
+Shapes: n = samples, C = latent channels, L_i = caption tokens, T = tokens of all samples.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model import checkpoint
+from model.config import NextDiTConfig
+from model.layers import Block, CaptionEmbedder, FinalLayer, TimestepEmbedder
+from model.packing import Layout, PackedSequences, RotaryTables
+
+
+class NextDiT(nn.Module):
+    """Predicts the velocity ``data - noise`` of latents at a timestep (0 = noise, 1 = data).
+
+    The forward is four public stages, because serving runs them apart: the context once per
+    request, and the joint blocks only where a cached result cannot stand in.
+    """
+
+    def __init__(self, config: NextDiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.x_embedder = nn.Linear(config.patch_dim, config.hidden_size)
+        self.time_embedder = TimestepEmbedder(config.modulation_dim)
+        self.caption_embedder = CaptionEmbedder(config)
+        refiners = range(config.num_refiner_layers)
+        self.context_refiner = nn.ModuleList([Block(config, modulated=False) for _ in refiners])
+        self.noise_refiner = nn.ModuleList([Block(config, modulated=True) for _ in refiners])
+        self.layers = nn.ModuleList(
+            [Block(config, modulated=True) for _ in range(config.num_layers)]
+        )
+        self.final_layer = FinalLayer(config)
+        self.rotary = RotaryTables(config)
+        self.initialize_weights()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.x_embedder.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.x_embedder.weight.dtype
+
+    def forward(
+        self, latents: Sequence[Tensor], timesteps: Tensor, prompt_embeds: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Velocity of every sample.
+
+        Args:
+            latents: n tensors ``[C, H_i, W_i]``, sides multiples of the patch size.
+            timesteps: ``[n]`` in [0, 1], 0 = noise.
+            prompt_embeds: n tensors ``[L_i, cap_feat_dim]``, valid tokens only.
+
+        Returns:
+            n tensors ``[C, H_i, W_i]``.
+
+        Raises:
+            ValueError: when shapes do not fit the model.
+        """
+        contexts = self.encode_context(prompt_embeds)
+        return self.head(self.blocks(self.embed(latents, timesteps, contexts)))
+
+    def encode_context(self, prompt_embeds: Sequence[Tensor]) -> list[Tensor]:
+        """Embed and refine captions; independent of time, so once per request and branch.
+
+        Args:
+            prompt_embeds: tensors ``[L_i, cap_feat_dim]``.
+
+        Returns:
+            tensors ``[L_i, d]``.
+        """
+        for features in prompt_embeds:
+            if features.ndim != 2 or features.shape[1] != self.config.cap_feat_dim:
+                raise ValueError(
+                    f"prompt_embeds of shape {list(features.shape)} must be "
+                    f"[tokens, {self.config.cap_feat_dim}]"
+                )
+        lengths = [features.shape[0] for features in prompt_embeds]
+        layout = Layout.of(lengths)
+        tables = [self.rotary.caption(length, self.device) for length in lengths]
+        cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
+        hidden = self.caption_embedder(torch.cat(list(prompt_embeds)).to(self.device, self.dtype))
+        for block in self.context_refiner:
+            hidden = block(hidden, layout, cos, sin)
+        return list(hidden.split(lengths))
+
+    def embed(
+        self, latents: Sequence[Tensor], timesteps: Tensor, contexts: Sequence[Tensor]
+    ) -> PackedSequences:
+        """Patchify, refine the noisy image tokens and pack them behind their captions.
+
+        Args:
+            latents: n tensors ``[C, H_i, W_i]``.
+            timesteps: ``[n]`` in [0, 1].
+            contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`.
+        """
+        self._check_batch(latents, timesteps, contexts)
+        p = self.config.patch_size
+        order = sorted(
+            range(len(latents)), key=lambda i: (*latents[i].shape[1:], contexts[i].shape[0])
+        )
+        latents = [latents[i] for i in order]
+        contexts = [contexts[i] for i in order]
+        grids = [(x.shape[1] // p, x.shape[2] // p) for x in latents]
+        timesteps = timesteps.to(self.device)[torch.tensor(order, device=self.device)]
+        time_embedding = F.silu(self.time_embedder(timesteps))
+
+        image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
+        image_layout = Layout.of(lengths)
+        image_index = image_layout.sequence_index(self.device)
+        image = self.x_embedder(self._patchify(latents))
+        cos, sin = torch.cat(image_cos), torch.cat(image_sin)
+        for block in self.noise_refiner:
+            image = block(image, image_layout, cos, sin, time_embedding, image_index)
+
+        caption_tables = [self.rotary.caption(c.shape[0], self.device) for c in contexts]
+        layout = Layout.of([c.shape[0] + n for c, n in zip(contexts, lengths, strict=True)])
+        return PackedSequences(
+            hidden=_interleave([c.to(image.dtype) for c in contexts], image.split(lengths)),
+            layout=layout,
+            cos=_interleave([c for c, _ in caption_tables], image_cos),
+            sin=_interleave([s for _, s in caption_tables], image_sin),
+            time_embedding=time_embedding,
+            sequence_index=layout.sequence_index(self.device),
+            grids=tuple(grids),
+            order=tuple(order),
+        )
+
+    def blocks(self, packed: PackedSequences) -> PackedSequences:
+        """Run the joint blocks over captions and images together."""
+        hidden = packed.hidden
+        for block in self.layers:
+            hidden = block(
+                hidden,
+                packed.layout,
+                packed.cos,
+                packed.sin,
+                packed.time_embedding,
+                packed.sequence_index,
+            )
+        return replace(packed, hidden=hidden)
+
+    def head(self, packed: PackedSequences) -> list[Tensor]:
+        """Project image tokens back to velocities ``[C, H_i, W_i]``, in the caller's order."""
+        tokens = self.final_layer(packed.hidden, packed.time_embedding, packed.sequence_index)
+        velocities: list[Tensor | None] = [None] * len(packed.order)
+        sequences = tokens.split(packed.layout.lengths)
+        for place, sequence, grid in zip(packed.order, sequences, packed.grids, strict=True):
+            velocities[place] = self._unpatchify(sequence[-grid[0] * grid[1] :], grid)
+        return [v for v in velocities if v is not None]
+
+    def _check_batch(
+        self, latents: Sequence[Tensor], timesteps: Tensor, contexts: Sequence[Tensor]
+    ) -> None:
+        if not len(latents) == len(contexts) == timesteps.numel() or not latents:
+            raise ValueError(
+                f"a batch needs equally many latents, timesteps and captions, at least one; got "
+                f"{len(latents)}, {timesteps.numel()} and {len(contexts)}"
+            )
+        p, channels = self.config.patch_size, self.config.in_channels
+        for x in latents:
+            if x.ndim != 3 or x.shape[0] != channels or x.shape[1] % p or x.shape[2] % p:
+                raise ValueError(
+                    f"latents of shape {list(x.shape)} must be [{channels}, H, W] with H and W "
+                    f"multiples of {p}"
+                )
+
+    def _image_rotary(
+        self, grids: Sequence[tuple[int, int]], contexts: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[int]]:
+        """Rotary tables of each image after its caption, and the image token counts."""
+        tables = [
+            self.rotary.image(context.shape[0], rows, columns, self.device)
+            for context, (rows, columns) in zip(contexts, grids, strict=True)
+        ]
+        lengths = [rows * columns for rows, columns in grids]
+        return [cos for cos, _ in tables], [sin for _, sin in tables], lengths
+
+    def _patchify(self, latents: Sequence[Tensor]) -> Tensor:
+        """Tokens ``[T, p*p*C]``, row-major; inside a token (patch row, patch column, channel)."""
+        p, channels = self.config.patch_size, self.config.in_channels
+        parts = []
+        for shape, group in groupby(latents, key=lambda x: x.shape):
+            batch = torch.stack(list(group)).to(self.device, self.dtype)
+            batch = batch.view(-1, channels, shape[1] // p, p, shape[2] // p, p)
+            parts.append(batch.permute(0, 2, 4, 3, 5, 1).reshape(-1, self.config.patch_dim))
+        return torch.cat(parts)
+
+    def _unpatchify(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        p, channels = self.config.patch_size, self.config.in_channels
+        patches = tokens.view(*grid, p, p, channels).permute(4, 0, 2, 1, 3)
+        return patches.reshape(channels, grid[0] * p, grid[1] * p)
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """The official initialisation: modulations and the output are zero, blocks identities.
+
+        The untrained network therefore predicts exactly 0.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.normal_(self.time_embedder.linear_1.weight, std=0.02)
+        nn.init.normal_(self.time_embedder.linear_2.weight, std=0.02)
+        nn.init.trunc_normal_(self.caption_embedder.linear.weight, std=0.02)
+        for block in (*self.noise_refiner, *self.layers):
+            nn.init.zeros_(block.modulation.weight)
+        nn.init.zeros_(self.final_layer.modulation.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> "NextDiT":
+        """Load diffusers' ``config.json`` and safetensors (sharded too) from ``folder``.
+
+        Raises:
+            CheckpointError: one line naming the file and the fault.
+        """
+        folder = Path(folder)
+        config = checkpoint.load_transformer_config(folder)
+        with torch.device("meta"):
+            dit = cls(config)
+        expected = {key: tuple(value.shape) for key, value in dit.state_dict().items()}
+        weights = checkpoint.load_transformer(folder, expected, device=device, dtype=dtype)
+        dit.load_state_dict(weights, assign=True)
+        dit.rotary = RotaryTables(config)  # the one made above may hold meta tensors
+        return dit.eval().requires_grad_(False)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config and weights as diffusers names them; ``dtype`` converts on the way."""
+        checkpoint.save_transformer(Path(folder), self.config, self.state_dict(), dtype)
+
+
+def _interleave(captions: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:
+    """Concatenate caption 0, image 0, caption 1, image 1, … along the tokens."""
+    return torch.cat([t for pair in zip(captions, images, strict=True) for t in pair])

@@ -1,0 +1,286 @@
+"""Prompt to picture without queue or HTTP: prepare, denoise step by step, decode.
+
+The three stages are public because a server interleaves many requests: every `DenoiseState` is one
+request on its way, and `denoise_step` advances any set of them in one packed forward, whatever
+their sizes, step counts and guidance.
+
+A *branch* is one sequence of that forward: one image with its prompt (cond), or with the negative
+prompt (uncond).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.flow import timestep_from_sigma
+from model.generation_config import GenerationConfig
+from model.guidance import Guidance
+from model.next_dit import NextDiT
+from model.request import GenerationRequest, ResolvedRequest
+from model.samplers import Sampler, SamplerState, make_sampler
+from model.text_encoder import TextEncoder, compose_prompt
+from model.vae import VAE, to_pil
+
+
+@dataclass
+class DenoiseState:
+    """One request between `prepare` and `decode`.
+
+    Attributes:
+        request: with nothing left to decide.
+        sampler: its solver; shared by its images.
+        guidance: its CFG settings.
+        cond: refined context [L, d] of the prompt.
+        uncond: refined context [L, d] of the negative prompt; None when no step is guided.
+        samples: solver state of every image.
+        tokens_per_image: image tokens of one image.
+        warnings: sentences for the user.
+        steps_computed: steps done so far.
+        steps_cfg: of these, steps that ran both branches.
+    """
+
+    request: ResolvedRequest
+    sampler: Sampler
+    guidance: Guidance
+    cond: Tensor
+    uncond: Tensor | None
+    samples: list[SamplerState]
+    tokens_per_image: int
+    warnings: list[str] = field(default_factory=list)
+    steps_computed: int = 0
+    steps_cfg: int = 0
+
+    @property
+    def step_index(self) -> int:
+        """Index of the next step, from 0; equals `num_steps` when finished."""
+        return self.samples[0].evaluation
+
+    @property
+    def num_steps(self) -> int:
+        """Steps from noise to data: one evaluation of the network each."""
+        return self.sampler.num_evaluations
+
+    @property
+    def finished(self) -> bool:
+        """Whether only decoding is left."""
+        return self.step_index == self.num_steps
+
+    @property
+    def latents(self) -> list[Tensor]:
+        """Latents [C, H, W] of every image as they stand, float32."""
+        return [sample.latents for sample in self.samples]
+
+    @property
+    def timestep(self) -> float:
+        """What the network receives at the next step (0 = noise, 1 = data)."""
+        return timestep_from_sigma(self.sampler.sigma_at(self.step_index))
+
+    @property
+    def guided(self) -> bool:
+        """Whether the next step runs both branches."""
+        return self.guidance.is_guided(self.step_index, self.num_steps, self.timestep)
+
+    @property
+    def num_tokens(self) -> int:
+        """Text and image tokens its next step adds to the packed forward; 0 when finished."""
+        if self.finished:
+            return 0
+        return len(self.samples) * sum(
+            len(context) + self.tokens_per_image for context in self.contexts()
+        )
+
+    def contexts(self) -> list[Tensor]:
+        """Contexts of the branches the next step runs: cond, then uncond if it is guided."""
+        if not self.guided:
+            return [self.cond]
+        assert self.uncond is not None
+        return [self.cond, self.uncond]
+
+
+class Pipeline:
+    """Network, text encoder and VAE of one checkpoint, on one device."""
+
+    def __init__(
+        self,
+        *,
+        dit: NextDiT,
+        vae: VAE,
+        text_encoder: TextEncoder,
+        generation_config: GenerationConfig,
+    ) -> None:
+        self.dit = dit
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.generation_config = generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network runs."""
+        return self.dit.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in; latents between steps stay float32."""
+        return self.dit.dtype
+
+    @torch.inference_mode()
+    def prepare(self, request: GenerationRequest) -> DenoiseState:
+        """Everything that happens once per request: defaults, text, contexts, noise, schedule.
+
+        Raises:
+            ValueError: one sentence, when this checkpoint cannot do what is asked.
+        """
+        resolved = self.generation_config.resolve(request)
+        height, width = self._latent_size(resolved)
+        sampler = make_sampler(
+            resolved.sampler,
+            time_grid=resolved.time_grid,
+            num_inference_steps=resolved.num_inference_steps,
+            shift=resolved.shift,
+        )
+        state = DenoiseState(
+            request=resolved,
+            sampler=sampler,
+            guidance=_guidance(resolved),
+            cond=self._context(compose_prompt(resolved.prompt, resolved.system_prompt)),
+            uncond=None,
+            samples=[
+                sampler.start(self._noise(resolved.seed + k, height, width))
+                for k in range(resolved.num_images)
+            ],
+            tokens_per_image=height * width // self.dit.config.patch_size**2,
+            warnings=self._warnings(resolved),
+        )
+        # Both truncation rules only ever switch guidance off: the first step speaks for all.
+        if state.guided:
+            state.uncond = self._context(resolved.negative_prompt)
+        return state
+
+    @torch.inference_mode()
+    def denoise_step(self, states: Sequence[DenoiseState]) -> None:
+        """Advance every state by one step, all branches of all images in one packed forward.
+
+        If the forward raises, no state has changed and the call can be repeated with fewer.
+        """
+        assert not any(state.finished for state in states)
+        latents: list[Tensor] = []
+        timesteps: list[float] = []
+        contexts: list[Tensor] = []
+        for state in states:
+            for context in state.contexts():
+                for sample in state.samples:
+                    latents.append(state.sampler.evaluation_point(sample))
+                    timesteps.append(state.timestep)
+                    contexts.append(context)
+        if not latents:
+            return
+        times = torch.tensor(timesteps, dtype=torch.float32, device=self.device)
+        packed = self.dit.blocks(self.dit.embed(latents, times, contexts))
+        velocities = iter(self.dit.head(packed))
+        for state in states:
+            _advance(state, velocities)
+
+    @torch.inference_mode()
+    def decode(self, states: Sequence[DenoiseState]) -> list[list[Image.Image]]:
+        """Pictures of the latents as they stand, per state; equal sizes share a VAE call."""
+        pixels = iter(self.vae.decode([x for state in states for x in state.latents]))
+        return [[to_pil(p) for p in islice(pixels, len(state.samples))] for state in states]
+
+    def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        on_step: Callable[[Sequence[DenoiseState]], None] | None = None,
+    ) -> list[list[Image.Image]]:
+        """Pictures of every request, all advanced together.
+
+        Args:
+            requests: of any mixture of sizes and settings.
+            on_step: called with all states after each packed forward, for progress.
+
+        Returns:
+            For each request its `num_images` pictures.
+
+        Raises:
+            ValueError: one sentence, when this checkpoint cannot do what is asked.
+        """
+        states = [self.prepare(request) for request in requests]
+        while running := [state for state in states if not state.finished]:
+            self.denoise_step(running)
+            if on_step is not None:
+                on_step(states)
+        return self.decode(states)
+
+    def _latent_size(self, request: ResolvedRequest) -> tuple[int, int]:
+        """Latent rows and columns of a request."""
+        multiple = self.vae.downscale * self.dit.config.patch_size
+        _, rows, columns = self.dit.config.axes_lens
+        for name, pixels, tokens in (
+            ("width", request.width, columns),
+            ("height", request.height, rows),
+        ):
+            if pixels % multiple or pixels > tokens * multiple:
+                raise ValueError(
+                    f"{name} {pixels} is not allowed: give a multiple of {multiple} "
+                    f"up to {tokens * multiple}"
+                )
+        return request.height // self.vae.downscale, request.width // self.vae.downscale
+
+    def _context(self, text: str) -> Tensor:
+        # One text at a time, so that its rounding cannot depend on its neighbours.
+        return self.dit.encode_context(self.text_encoder.encode([text]))[0]
+
+    def _noise(self, seed: int, height: int, width: int) -> Tensor:
+        """Start latents [C, H, W], float32, drawn on the CPU: the same on every device."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        shape = (1, self.dit.config.in_channels, height, width)
+        return torch.randn(shape, generator=generator, dtype=torch.float32)[0].to(self.device)
+
+    def _warnings(self, request: ResolvedRequest) -> list[str]:
+        warnings = []
+        texts = {"prompt": compose_prompt(request.prompt, request.system_prompt)}
+        if request.guidance_scale > 1.0:
+            texts["negative_prompt"] = request.negative_prompt
+        for name, text in texts.items():
+            dropped = self.text_encoder.count_dropped(text)
+            if dropped:
+                warnings.append(
+                    f"{name} is longer than {self.text_encoder.max_tokens} tokens: "
+                    f"{dropped} tokens at its end were dropped"
+                )
+        if request.cfg_renorm != "global" and request.cfg_renorm_scale != 1.0:
+            warnings.append(
+                f"cfg_renorm_scale {request.cfg_renorm_scale:g} has no effect with cfg_renorm "
+                f"{request.cfg_renorm!r}"
+            )
+        return warnings
+
+
+def _guidance(request: ResolvedRequest) -> Guidance:
+    return Guidance(
+        guidance_scale=request.guidance_scale,
+        cfg_trunc_ratio=request.cfg_trunc_ratio,
+        cfg_trunc_t=request.cfg_trunc_t,
+        cfg_renorm=request.cfg_renorm,
+        cfg_renorm_scale=request.cfg_renorm_scale,
+    )
+
+
+def _advance(state: DenoiseState, velocities: Iterator[Tensor]) -> None:
+    """Take this state's velocities (cond of all images, then uncond) and step its solver."""
+    guided, count = state.guided, len(state.samples)
+    cond = list(islice(velocities, count))
+    if guided:
+        uncond = islice(velocities, count)
+        cond = [state.guidance.combine(c, u) for c, u in zip(cond, uncond, strict=True)]
+    state.samples = [
+        state.sampler.step(sample, velocity)
+        for sample, velocity in zip(state.samples, cond, strict=True)
+    ]
+    state.steps_computed += 1
+    state.steps_cfg += guided

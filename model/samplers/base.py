@@ -1,0 +1,63 @@
+"""What every solver looks like from outside: it names a point, and is fed the velocity there.
+
+A solver object holds a request's schedule and never changes; what changes lives in a
+`SamplerState`, one per image. So requests with different solvers, schedules and step counts can
+share one forward: collect everybody's evaluation points, run the network once, hand back the
+velocities. A solver with several evaluations per interval, or with memory of earlier ones, extends
+`SamplerState` with fields of its own; callers do not notice.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SamplerState:
+    """Where one image stands.
+
+    Attributes:
+        latents: solver state [C, H, W], float32 whatever the network computes in.
+        evaluation: index of the next network evaluation, from 0.
+    """
+
+    latents: Tensor
+    evaluation: int = 0
+
+
+class Sampler(ABC):
+    """A numerical solver of one request; immutable, `step` is pure."""
+
+    def __init__(self, sigmas: Sequence[float]) -> None:
+        assert len(sigmas) >= 2, "a schedule has at least one interval"
+        assert all(a > b for a, b in pairwise(sigmas)), "sigmas must descend"
+        self.sigmas = tuple(sigmas)
+
+    @property
+    @abstractmethod
+    def num_evaluations(self) -> int:
+        """How many times the network is asked, from noise to data."""
+
+    @abstractmethod
+    def sigma_at(self, evaluation: int) -> float:
+        """Noise fraction at which evaluation number `evaluation` takes place."""
+
+    @abstractmethod
+    def evaluation_point(self, state: SamplerState) -> Tensor:
+        """Latents [C, H, W] at which the network is to be asked next, at `sigma_at(...)`."""
+
+    @abstractmethod
+    def step(self, state: SamplerState, velocity: Tensor) -> SamplerState:
+        """New state after the network answered `velocity` (data - noise) at the asked point."""
+
+    def start(self, noise: Tensor) -> SamplerState:
+        """State before the first evaluation; `noise` is standard normal [C, H, W], float32."""
+        return SamplerState(latents=noise)

@@ -1,0 +1,163 @@
+"""The VAE between pixels and latents, and the latent normalisation.
+
+Pixels are in [-1, 1]; normalised latents are ``(mode(encode(pixels)) - shift_factor) *
+scaling_factor``, both factors from `vae/config.json`. The network only ever sees these.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from model.checkpoint import CheckpointError, load_state, read_json
+
+# Pixels decoded at once: bounds the activations (about 0.5 KiB per pixel and layer in float32).
+_PIXELS_PER_DECODE = 2**20
+
+
+class VAE:
+    """diffusers' AutoencoderKL with the latent normalisation.
+
+    Args:
+        autoencoder: an `AutoencoderKL`, on its device and in its dtype.
+    """
+
+    def __init__(self, autoencoder: Any) -> None:
+        self.autoencoder = autoencoder
+        config = autoencoder.config
+        self.latent_channels = int(config.latent_channels)
+        self.downscale = 2 ** (len(config.block_out_channels) - 1)
+        self.scaling_factor = float(config.scaling_factor)
+        self.shift_factor = float(config.shift_factor or 0.0)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> VAE:
+        """Load a `vae/` folder as diffusers writes it.
+
+        Raises:
+            CheckpointError: one line naming the file and the fault.
+        """
+        config = _checked_config(folder)
+        state = load_state(folder)
+        try:
+            with torch.device("meta"):
+                autoencoder = AutoencoderKL.from_config(config)
+        except Exception as error:  # whatever diffusers stumbles over, this file is at fault
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(f"vae/config.json: {reason}") from error
+        _check_state(state, autoencoder.state_dict())
+        # A copy: memory of our own, aligned alike wherever in the file a tensor lay.
+        weights = {k: v.to(device=device, dtype=dtype, copy=True) for k, v in state.items()}
+        autoencoder.load_state_dict(weights, assign=True)
+        return cls(autoencoder.eval().requires_grad_(False))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.autoencoder.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        dtype: torch.dtype = self.autoencoder.dtype
+        return dtype
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Normalised latents of images; deterministic (the mode of the posterior).
+
+        Args:
+            pixels: [n, 3, H, W] in [-1, 1], H and W multiples of `downscale`.
+
+        Returns:
+            [n, C, H / downscale, W / downscale], float32.
+        """
+        posterior = self.autoencoder.encode(pixels.to(self.device, self.dtype)).latent_dist
+        mode: Tensor = posterior.mode().float()
+        return (mode - self.shift_factor) * self.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+        """Pixels of normalised latents of mixed sizes; equal sizes are decoded together.
+
+        Args:
+            latents: tensors [C, h_i, w_i].
+
+        Returns:
+            Tensors [3, h_i * downscale, w_i * downscale], float32, about [-1, 1], in order.
+        """
+        groups: defaultdict[torch.Size, list[int]] = defaultdict(list)
+        for index, sample in enumerate(latents):
+            groups[sample.shape].append(index)
+        pixels: dict[int, Tensor] = {}
+        for shape, members in groups.items():
+            area = shape[-2] * shape[-1] * self.downscale**2
+            size = max(1, _PIXELS_PER_DECODE // area)
+            for start in range(0, len(members), size):
+                chunk = members[start : start + size]
+                decoded = self._decode_batch(torch.stack([latents[i] for i in chunk]))
+                pixels.update(zip(chunk, decoded, strict=True))
+        return [pixels[index] for index in range(len(latents))]
+
+    def _decode_batch(self, latents: Tensor) -> Tensor:
+        raw = latents.to(self.device) / self.scaling_factor + self.shift_factor
+        pixels: Tensor = self.autoencoder.decode(raw.to(self.dtype), return_dict=False)[0]
+        return pixels.float()
+
+
+def to_pil(pixels: Tensor) -> Image.Image:
+    """An RGB image of pixels [3, H, W] in [-1, 1]; values outside are clamped."""
+    scaled = (pixels.float() / 2 + 0.5).clamp(0.0, 1.0) * 255.0
+    array = scaled.round().to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy()
+    return Image.fromarray(array)
+
+
+def _checked_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of the VAE with the entries we rely on checked."""
+    config = read_json(folder / "config.json")
+    scaling = config.get("scaling_factor", 0.18215)  # diffusers' own default
+    if not _is_number(scaling) or scaling == 0:
+        raise CheckpointError(
+            f"vae/config.json: scaling_factor {scaling!r} is not allowed: give a number other "
+            "than 0"
+        )
+    shift = config.get("shift_factor")
+    if shift is not None and not _is_number(shift):
+        raise CheckpointError(
+            f"vae/config.json: shift_factor {shift!r} is not allowed: give a number or null"
+        )
+    return config
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _check_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Refuse weights that do not fit the config, naming the first that does not."""
+    name = "vae/diffusion_pytorch_model.safetensors"
+    for key, parameter in expected.items():
+        if key not in state:
+            raise CheckpointError(f"{name}: tensor {key} is missing")
+        if state[key].shape != parameter.shape:
+            raise CheckpointError(
+                f"{name}: tensor {key} has shape {list(state[key].shape)}, config.json asks for "
+                f"{list(parameter.shape)}"
+            )
+    for key in state:
+        if key not in expected:
+            raise CheckpointError(f"{name}: tensor {key} belongs to no layer of config.json")

@@ -1,0 +1,1 @@
+"""The HTTP API: validates, admits, enqueues and answers. It never imports torch."""

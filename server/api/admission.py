@@ -1,0 +1,60 @@
+"""Refuses at the door what the service cannot serve: unknown models and too much work at once."""
+
+from typing import Any
+
+from server.api.context import ApiContext
+from server.api.schemas import GenerateBody, InvalidFields, printable
+from server.errors import ModelNotReady, UnknownModel
+from server.protocol import DEFAULT_POOL, ModelInfo
+
+# Eight 1024 px pictures of 100 steps; one job beyond it would hold a device for many minutes.
+MAX_PIXEL_STEPS = 8 * 1024 * 1024 * 100
+
+
+async def find_model(context: ApiContext, name: str | None) -> tuple[str, ModelInfo]:
+    """Return the pool that serves the model called `name` (None: the default) and its offer.
+
+    Raises ModelNotReady while no worker has published anything, UnknownModel for another name.
+    """
+    pools = sorted(await context.queue.pools(), key=lambda pool: (pool != DEFAULT_POOL, pool))
+    offers: list[tuple[str, ModelInfo]] = []
+    for pool in pools:
+        info = await context.queue.model_info(pool)
+        if info is not None:
+            offers.append((pool, info))
+    if not offers:
+        raise ModelNotReady("no worker has loaded a model yet; try again in a few seconds")
+    for pool, info in offers:
+        if name is None or name in (info.name, pool):
+            return pool, info
+    served = ", ".join(info.name for _, info in offers)
+    asked = printable(name or "")
+    raise UnknownModel(f"model must be one that is served ({served}), got '{asked}'")
+
+
+def _resolved(body: GenerateBody, info: ModelInfo, field: str, default: int) -> int:
+    preset: dict[str, Any] = info.presets.get(body.preset or "", {})
+    for value in (getattr(body, field), preset.get(field), info.defaults.get(field)):
+        if value is not None:
+            return int(value)
+    return default
+
+
+def price(body: GenerateBody, info: ModelInfo) -> int:
+    """The estimated device time of a checked body in milliseconds, at least 1.
+
+    Raises InvalidFields when pixels x images x steps exceed MAX_PIXEL_STEPS.
+    """
+    width = _resolved(body, info, "width", info.default_width)
+    height = _resolved(body, info, "height", info.default_height)
+    steps = _resolved(body, info, "num_inference_steps", info.default_steps)
+    num_images = body.num_images or 1
+    pixel_steps = width * height * steps * num_images
+    if pixel_steps > MAX_PIXEL_STEPS:
+        sentence = (
+            f"width x height x num_images x num_inference_steps must be at most "
+            f"{MAX_PIXEL_STEPS}, got {width} x {height} x {num_images} x {steps} = {pixel_steps}"
+        )
+        raise InvalidFields([("num_images", sentence)])
+    default_pixels = info.default_width * info.default_height
+    return max(1, round(info.step_cost_ms * pixel_steps / default_pixels))

@@ -1,0 +1,60 @@
+"""What the routes share: settings, queue, blob store, and the bound on every answer of Redis."""
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from server.config import Settings
+from server.errors import QueueUnavailable
+from server.queue.blobs import BlobStore
+from server.queue.jobs import JobQueue
+
+REDIS_ANSWER_S = 0.8  # the API promises a 503 within a second when Redis is away
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ApiContext:
+    """One per API process. `stopping` is set when the process has been told to end."""
+
+    settings: Settings
+    queue: JobQueue
+    blobs: BlobStore
+    needs_worker: bool
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def context_of(request: Request) -> ApiContext:
+    """The context of the application that serves `request`."""
+    context = request.app.state.context
+    assert isinstance(context, ApiContext)
+    return context
+
+
+async def promptly(answer: Awaitable[T]) -> T:
+    """Await something that only Redis can delay; raises QueueUnavailable after REDIS_ANSWER_S."""
+    try:
+        async with asyncio.timeout(REDIS_ANSWER_S):
+            return await answer
+    except TimeoutError:
+        raise QueueUnavailable(f"Redis did not answer within {REDIS_ANSWER_S} s") from None
+
+
+async def end_tasks(*tasks: "asyncio.Task[Any]") -> None:
+    """Cancel tasks and wait until they have ended, whatever they end with.
+
+    One `cancel` is not enough: on Python 3.11 `asyncio.wait_for`, through which the Redis client
+    sends, forgets a cancellation that arrives together with its result.
+    """
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.1)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # marks it as seen

@@ -1,0 +1,162 @@
+"""`POST /generate`: check, admit, enqueue; then wait for the picture or answer 202."""
+
+import asyncio
+import secrets
+from typing import Any
+
+import structlog
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.admission import find_model, price
+from server.api.context import ApiContext, context_of, end_tasks, promptly
+from server.api.jobs import image_response
+from server.api.negotiation import read_json, read_prefer, wanted_format
+from server.api.problems import Problem, error_problem, job_problem
+from server.api.schemas import (
+    MAX_SEED,
+    GenerateBody,
+    InvalidFields,
+    JobAnswer,
+    check_against_model,
+    job_answer,
+    job_spec,
+    parse_generate,
+)
+from server.errors import QueueUnavailable, ServerError
+from server.protocol import MEDIA_TYPES, JobRecord, OutputFormat, new_job_id
+
+CLIENT_CLOSED = 499  # never sent: the client is gone; it names the outcome in the log
+
+log = structlog.get_logger(__name__)
+router = APIRouter()
+
+_PROBLEM: dict[str, Any] = {
+    "description": "A problem, in words",
+    "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
+}
+_IMAGE = {"schema": {"type": "string", "format": "binary"}}
+_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "model": JobAnswer,
+        "description": "The finished job, or its single picture where Accept asks for one",
+        "content": dict.fromkeys(MEDIA_TYPES.values(), _IMAGE),
+    },
+    202: {"model": JobAnswer, "description": "Accepted; follow Location"},
+    "4XX": _PROBLEM,
+    "5XX": _PROBLEM,
+}
+
+
+@router.post(
+    "/generate",
+    responses=_RESPONSES,
+    summary="Draw a picture",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": GenerateBody.model_json_schema()}},
+        }
+    },
+)
+async def generate(request: Request) -> Response:
+    """Draw what the body asks for; waits for the picture unless `Prefer` says otherwise."""
+    context = context_of(request)
+    preference = read_prefer(request, context.settings.sync_timeout)
+    accepted_format = wanted_format(request)
+    body = parse_generate(await read_json(request))
+    output_format = _output_format(body, accepted_format)
+    record = await _submit(context, body, output_format)
+    if preference.wait_s > 0:
+        try:
+            waited = await _wait(request, context, record.id, preference.wait_s)
+        except ServerError as error:  # the job lives on; tell the caller where
+            headers = {"Location": f"/jobs/{record.id}"}
+            return error_problem(request.scope, error, headers=headers, job=record.id)
+        if waited is None:
+            return Response(status_code=CLIENT_CLOSED)
+        record = waited
+    if not record.finished:
+        return _accepted(record, preference.applied)
+    if record.status != "succeeded":
+        return job_problem(request.scope, record)
+    if accepted_format is not None:
+        return await image_response(context, record, 0)
+    return JSONResponse(job_answer(record).model_dump())
+
+
+def _output_format(body: GenerateBody, accepted: OutputFormat | None) -> OutputFormat:
+    """The format to store: the body's, else what Accept asks for, else png."""
+    if accepted is None:
+        return body.output_format or "png"
+    if (body.num_images or 1) != 1:
+        sentence = f"num_images must be 1 where Accept asks for an image, got {body.num_images}"
+        raise InvalidFields([("num_images", sentence)])
+    if body.output_format not in (None, accepted):
+        sentence = (
+            f"output_format must agree with the Accept header ('{accepted}'), "
+            f'got "{body.output_format}"'
+        )
+        raise InvalidFields([("output_format", sentence)])
+    return accepted
+
+
+async def _submit(
+    context: ApiContext, body: GenerateBody, output_format: OutputFormat
+) -> JobRecord:
+    pool, info = await promptly(find_model(context, body.model))
+    check_against_model(body, info)
+    cost_ms = price(body, info)
+    seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
+    spec = job_spec(body, seed=seed, output_format=output_format)
+    submission = context.queue.submit(
+        new_job_id(), spec, pool=pool, priority=body.priority or "normal", cost_ms=cost_ms
+    )
+    return await promptly(submission)
+
+
+async def _wait(
+    request: Request, context: ApiContext, job_id: str, wait_s: float
+) -> JobRecord | None:
+    """Return the job when it has ended, time is up or the service stops.
+
+    A client that leaves meanwhile cancels its job; the answer is then None.
+    """
+    finished = asyncio.create_task(context.queue.wait(job_id, wait_s))
+    left = asyncio.create_task(_disconnected(request))
+    stopping = asyncio.create_task(context.stopping.wait())
+    try:
+        await asyncio.wait((finished, left, stopping), return_when=asyncio.FIRST_COMPLETED)
+        if finished.done():
+            return finished.result()
+        if left.done():
+            await _cancel_quietly(context, job_id)
+            return None
+        record = await promptly(context.queue.get(job_id))
+        if record is None:
+            raise QueueUnavailable(f"job {job_id} is gone from the queue")
+        return record
+    finally:
+        await end_tasks(finished, left, stopping)
+
+
+async def _disconnected(request: Request) -> None:
+    """Return once the client has closed its connection; the body has been read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel_quietly(context: ApiContext, job_id: str) -> None:
+    try:
+        await promptly(context.queue.cancel(job_id))
+        log.info("client left; job canceled", job=job_id)
+    except ServerError as error:
+        log.warning("client left; job could not be canceled", job=job_id, reason=error.detail)
+
+
+def _accepted(record: JobRecord, applied: str | None) -> Response:
+    headers = {"Location": f"/jobs/{record.id}", "Retry-After": "1"}
+    if applied:
+        headers["Preference-Applied"] = applied
+    return JSONResponse(job_answer(record).model_dump(), status_code=202, headers=headers)

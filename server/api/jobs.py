@@ -1,0 +1,95 @@
+"""`/jobs/{id}`: what became of a job, its pictures, and its end by the caller's wish."""
+
+import asyncio
+import time
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from server.api.context import ApiContext, context_of, promptly
+from server.api.schemas import JobAnswer, job_answer, printable
+from server.errors import NotFound
+from server.protocol import DEFAULT_TENANT, MEDIA_TYPES, ImageRef, JobRecord, is_job_id
+
+router = APIRouter(prefix="/jobs/{job_id}")
+
+
+async def _find(context: ApiContext, job_id: str) -> JobRecord:
+    """The caller's job; raises NotFound for any other."""
+    record = await promptly(context.queue.get(job_id)) if is_job_id(job_id) else None
+    if record is None or record.tenant != DEFAULT_TENANT:
+        raise _no_job(job_id)
+    return record
+
+
+def _no_job(job_id: str) -> NotFound:
+    return NotFound(f"there is no job '{printable(job_id)}'")
+
+
+@router.get("", response_model=JobAnswer, summary="What became of a job")
+async def get_job(request: Request, job_id: str) -> Response:
+    """Status, queue position, step i of n, timings and pictures of a job."""
+    record = await _find(context_of(request), job_id)
+    headers = {"Cache-Control": "no-store"}
+    return JSONResponse(job_answer(record).model_dump(), headers=headers)
+
+
+@router.get("/images/{index}", summary="A picture of a job")
+async def get_image(request: Request, job_id: str, index: str) -> Response:
+    """The bytes of one picture; its ETag is their sha256."""
+    context = context_of(request)
+    record = await _find(context, job_id)
+    image = _image(record, index)
+    wanted = request.headers.get("if-none-match", "")
+    tags = {tag.strip().removeprefix("W/") for tag in wanted.split(",")}
+    if tags & {"*", f'"{image.sha256}"'}:
+        return Response(status_code=304, headers=_image_headers(record, image))
+    return await image_response(context, record, int(index))
+
+
+def _image(record: JobRecord, index: str) -> ImageRef:
+    images = record.result.images if record.result else ()
+    if index.isascii() and index.isdigit() and len(index) <= 4 and int(index) < len(images):
+        return images[int(index)]
+    raise NotFound(
+        f"job {record.id} has {len(images)} images and is {record.status}: "
+        f"there is no image '{printable(index)}'"
+    )
+
+
+def _image_headers(record: JobRecord, image: ImageRef) -> dict[str, str]:
+    # A job's picture never changes, so a cache may keep it for as long as the server does.
+    lifetime_s = max(0, (record.expires_ms or 0) // 1000 - int(time.time()))
+    extension = "jpg" if image.format == "jpeg" else image.format
+    return {
+        "ETag": f'"{image.sha256}"',
+        "Cache-Control": f"private, max-age={lifetime_s}, immutable",
+        "Content-Disposition": f'inline; filename="lumina-{image.seed}.{extension}"',
+        "X-Content-Type-Options": "nosniff",
+        "X-Job-Id": record.id,
+        "X-Seed": str(image.seed),
+    }
+
+
+async def image_response(context: ApiContext, record: JobRecord, index: int) -> Response:
+    """Read one picture of a finished job from the blob store. Raises NotFound if it is gone."""
+    assert record.result is not None
+    image = record.result.images[index]
+    try:
+        data = await asyncio.to_thread(context.blobs.get, image.path)
+    except NotFound:
+        raise NotFound(f"image {index} of job {record.id} is no longer stored") from None
+    headers = _image_headers(record, image)
+    return Response(data, media_type=MEDIA_TYPES[image.format], headers=headers)
+
+
+@router.post("/cancel", response_model=JobAnswer, summary="Cancel a job")
+async def cancel_job(request: Request, job_id: str) -> Response:
+    """Cancel a job: a queued one at once, a running one at its next step. Safe to repeat."""
+    context = context_of(request)
+    await _find(context, job_id)
+    record = await promptly(context.queue.cancel(job_id))
+    if record is None:
+        raise _no_job(job_id)
+    return JSONResponse(job_answer(record).model_dump())

@@ -1,0 +1,88 @@
+"""What surrounds every request: its id, the Host check, and the last net for exceptions."""
+
+import re
+import secrets
+import time
+from urllib.parse import urlsplit
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.problems import error_problem, problem
+from server.api.schemas import printable
+from server.errors import ForeignHost
+
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+log = structlog.get_logger(__name__)
+
+
+def host_name(header: str) -> str:
+    """The name of a Host header without its port, lower-cased; empty where it has none."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
+
+
+class RequestGuard:
+    """ASGI middleware that gives each request an id and never lets an exception out.
+
+    With `loopback_only`, a request whose Host header is no loopback name is refused: a foreign web
+    page that points its own name at this machine cannot drive the service.
+    """
+
+    def __init__(self, app: ASGIApp, loopback_only: bool) -> None:
+        self._app = app
+        self._loopback_only = loopback_only
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection; anything but HTTP passes through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        sent_id = headers.get("x-request-id", "")
+        request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(16)
+        scope.setdefault("state", {})["request_id"] = request_id
+        status = 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        started = time.monotonic()
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._answer(scope, receive, send_with_id, headers)
+            except ClientDisconnect:
+                log.info("client left before its request was complete")
+            except Exception:
+                log.exception("unexpected error", path=scope["path"])
+                if status:
+                    raise  # half an answer is out: only closing the connection is honest
+                detail = f"Something went wrong here; the log has it under {request_id}."
+                await problem(scope, 500, "internal", detail)(scope, receive, send_with_id)
+            log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                duration_ms=round((time.monotonic() - started) * 1000),
+            )
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
+        if self._loopback_only and host_name(headers.get("host", "")) not in LOOPBACK_NAMES:
+            shown = printable(headers.get("host", ""))
+            names = ", ".join(sorted(LOOPBACK_NAMES))
+            error = ForeignHost(f"the Host header must be one of {names}, got '{shown}'")
+            await error_problem(scope, error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)

@@ -1,0 +1,171 @@
+"""Every error the API answers: RFC 9457 problem details with a stable `type` and `code`."""
+
+import random
+from typing import Any
+
+import structlog
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.types import Scope
+
+from server.api.schemas import InvalidFields, printable
+from server.errors import QueueUnavailable, ServerError
+from server.protocol import JobRecord
+
+MEDIA_TYPE = "application/problem+json"
+TYPE_PREFIX = "urn:lumina:problem:"
+
+TITLES = {
+    "malformed-body": "The body is not JSON",
+    "foreign-host": "The host name is not served",
+    "not-found": "Not found",
+    "method-not-allowed": "The method is not allowed",
+    "body-timeout": "The body did not arrive in time",
+    "body-too-large": "The body is too large",
+    "not-json": "The content type is not JSON",
+    "invalid-request": "The request is not valid",
+    "unknown-model": "The model is not served",
+    "job-canceled": "The job was canceled",
+    "job-expired": "The job missed its deadline",
+    "job-failed": "The job failed",
+    "out-of-memory": "The job needs more memory than is free",
+    "queue-full": "The queue is full",
+    "queue-unavailable": "The queue is unavailable",
+    "model-not-ready": "No model is loaded yet",
+    "service-error": "The service is broken",
+    "internal": "Internal error",
+    "http-error": "The request cannot be served",
+}
+
+QUEUE_AWAY = "the job queue does not answer; try again in a few seconds"
+
+_HTTP_CODES = {404: "not-found", 405: "method-not-allowed"}
+
+log = structlog.get_logger(__name__)
+
+
+class FieldProblem(BaseModel):
+    """One wrong field of a body."""
+
+    field: str
+    detail: str
+
+
+class Problem(BaseModel):
+    """The answer of every 4xx and 5xx, as `application/problem+json`."""
+
+    type: str
+    title: str
+    status: int
+    detail: str = Field(description="one sentence")
+    code: str = Field(description="stable, for programs")
+    request_id: str | None = None
+    job: str | None = Field(None, description="the job that this is about")
+    errors: list[FieldProblem] | None = None
+
+
+class ProblemResponse(JSONResponse):
+    """A Problem on the wire."""
+
+    media_type = MEDIA_TYPE
+
+
+def request_id_of(scope: Scope) -> str | None:
+    """The id that the middleware gave this request."""
+    value = scope.get("state", {}).get("request_id")
+    return value if isinstance(value, str) else None
+
+
+def retry_after_s() -> int:
+    """A jittered Retry-After, so that refused callers do not come back together."""
+    return random.randint(1, 4)
+
+
+def problem(
+    scope: Scope,
+    status: int,
+    code: str,
+    detail: str,
+    *,
+    headers: dict[str, str] | None = None,
+    job: str | None = None,
+    errors: list[FieldProblem] | None = None,
+) -> ProblemResponse:
+    """Build the response of one problem; a 503 always says when to come back."""
+    body = Problem(
+        type=TYPE_PREFIX + code,
+        title=TITLES[code],
+        status=status,
+        detail=detail,
+        code=code,
+        request_id=request_id_of(scope),
+        job=job,
+        errors=errors,
+    )
+    headers = dict(headers or {})
+    if status == 503:
+        headers.setdefault("Retry-After", str(retry_after_s()))
+    return ProblemResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)
+
+
+def job_problem(scope: Scope, record: JobRecord) -> ProblemResponse:
+    """The answer to a caller who waited for a job that ended without a picture."""
+    assert record.finished
+    assert record.status != "succeeded"
+    headers = {"Location": f"/jobs/{record.id}"}
+    if record.status == "canceled":
+        return problem(
+            scope, 409, "job-canceled", "The job was canceled.", headers=headers, job=record.id
+        )
+    detail = record.error.detail if record.error else "The job ended without a picture."
+    if record.status == "expired":
+        return problem(scope, 504, "job-expired", detail, headers=headers, job=record.id)
+    if record.error and record.error.code == "out-of-memory":
+        return problem(scope, 503, "out-of-memory", detail, headers=headers, job=record.id)
+    return problem(scope, 500, "job-failed", detail, headers=headers, job=record.id)
+
+
+def error_problem(
+    scope: Scope,
+    error: ServerError,
+    *,
+    headers: dict[str, str] | None = None,
+    job: str | None = None,
+) -> ProblemResponse:
+    """The response of one error of our own tree."""
+    detail = error.detail
+    if isinstance(error, QueueUnavailable):  # its detail tells operators where Redis is
+        log.warning("queue unavailable", reason=detail)
+        detail = QUEUE_AWAY
+    errors = None
+    if isinstance(error, InvalidFields):
+        errors = [FieldProblem(field=field, detail=detail) for field, detail in error.fields]
+    return problem(scope, error.status, error.code, detail, headers=headers, job=job, errors=errors)
+
+
+async def on_server_error(request: Request, error: Exception) -> ProblemResponse:
+    """Answer an error of our own tree."""
+    assert isinstance(error, ServerError)
+    return error_problem(request.scope, error)
+
+
+async def on_http_exception(request: Request, error: Exception) -> ProblemResponse:
+    """Answer what the router refuses: unknown paths and methods."""
+    assert isinstance(error, HTTPException)
+    path = printable(request.url.path)
+    details: dict[int, str] = {
+        404: f"There is nothing at {path}.",
+        405: f"{request.method} is not allowed at {path}.",
+    }
+    status = error.status_code
+    code = _HTTP_CODES.get(status, "http-error")
+    detail = details.get(status, str(error.detail))
+    return problem(request.scope, status, code, detail, headers=dict(error.headers or {}))
+
+
+HANDLERS: dict[Any, Any] = {
+    ServerError: on_server_error,
+    HTTPException: on_http_exception,
+}

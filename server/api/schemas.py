@@ -1,0 +1,335 @@
+"""Bodies of the HTTP API: what `POST /generate` takes, what a job answers, and the checks between.
+
+Every field's description says what is allowed; the same words make the refusal, so a caller reads
+one sentence that names the field, the allowed values and what came instead.
+"""
+
+import difflib
+import json
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
+
+from server.errors import InvalidRequest
+from server.protocol import JobRecord, JobSpec, JobStatus, ModelInfo, OutputFormat, Priority
+
+MAX_TEXT = 4096
+MAX_IMAGES = 8
+MAX_SEED = 2**53 - 9  # image k of a job uses seed + k, and 2**53 - 1 is the last exact JSON integer
+MAX_METADATA_ENTRIES = 16
+MAX_METADATA_TEXT = 512
+
+# Names other servers use for our fields; a plain nearest-spelling search would miss them.
+_OTHER_NAMES = {
+    "steps": "num_inference_steps",
+    "num_steps": "num_inference_steps",
+    "n": "num_images",
+    "batch_size": "num_images",
+    "cfg": "guidance_scale",
+    "cfg_scale": "guidance_scale",
+    "guidance": "guidance_scale",
+    "negative": "negative_prompt",
+    "text": "prompt",
+    "size": "width",
+    "format": "output_format",
+    "scheduler": "sampler",
+}
+
+
+class InvalidFields(InvalidRequest):
+    """One or more fields are wrong; `fields` holds (name, sentence) pairs, `detail` the first."""
+
+    def __init__(self, fields: list[tuple[str, str]]) -> None:
+        super().__init__(fields[0][1])
+        self.fields = fields
+
+
+_Scalar = Annotated[str, Field(max_length=MAX_METADATA_TEXT)] | int | float | bool | None
+_MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class GenerateBody(BaseModel):
+    """The body of `POST /generate`. A missing field comes from the preset, then the checkpoint."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    prompt: str = Field(
+        min_length=1,
+        max_length=MAX_TEXT,
+        description=f"a text of 1 to {MAX_TEXT} characters that is not blank",
+        examples=["a red circle above a blue square"],
+    )
+    negative_prompt: str | None = Field(
+        None, max_length=MAX_TEXT, description=f"a text of at most {MAX_TEXT} characters"
+    )
+    system_prompt: str | None = Field(
+        None,
+        max_length=MAX_TEXT,
+        description=f"the name of a template, or a text of at most {MAX_TEXT} characters",
+    )
+    model: str | None = Field(None, description="the name of a served model")
+    width: int | None = Field(
+        None, ge=16, multiple_of=16, description="a whole number of pixels, a multiple of 16"
+    )
+    height: int | None = Field(
+        None, ge=16, multiple_of=16, description="a whole number of pixels, a multiple of 16"
+    )
+    num_images: int | None = Field(
+        None, ge=1, le=MAX_IMAGES, description=f"a whole number from 1 to {MAX_IMAGES}"
+    )
+    num_inference_steps: int | None = Field(
+        None, ge=1, description="a whole number of at least 1, up to what the model allows"
+    )
+    guidance_scale: float | None = Field(
+        None, ge=0, le=50, description="a number from 0 to 50 (guidance is off up to 1)"
+    )
+    seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}"
+    )
+    sampler: Literal["euler"] | None = Field(None, description="'euler'")
+    shift: float | None = Field(
+        None, gt=0, le=100, description="a number greater than 0 and at most 100"
+    )
+    time_grid: Literal["diffusers", "official"] | None = Field(
+        None, description="'diffusers' or 'official'"
+    )
+    cfg_trunc_ratio: float | None = Field(
+        None, ge=0, le=1, description="a number from 0 to 1, without cfg_trunc_t"
+    )
+    cfg_trunc_t: float | None = Field(
+        None, ge=0, le=1, description="a number from 0 to 1, without cfg_trunc_ratio"
+    )
+    cfg_renorm: Literal["none", "global", "row"] | None = Field(
+        None, description="'none', 'global' or 'row'"
+    )
+    cfg_renorm_scale: float | None = Field(
+        None, gt=0, le=10, description="a number greater than 0 and at most 10"
+    )
+    preset: str | None = Field(None, description="the name of a preset of the model")
+    output_format: OutputFormat | None = Field(None, description="'png', 'jpeg' or 'webp'")
+    quality: int | None = Field(
+        None, ge=1, le=100, description="a whole number from 1 to 100 (for jpeg and webp)"
+    )
+    priority: Priority | None = Field(None, description="'low', 'normal' or 'high'")
+    metadata: dict[_MetadataKey, _Scalar] | None = Field(
+        None,
+        max_length=MAX_METADATA_ENTRIES,
+        description=f"an object of at most {MAX_METADATA_ENTRIES} entries whose names have 1 to 64 "
+        f"characters and whose values are numbers, booleans or texts of at most "
+        f"{MAX_METADATA_TEXT} characters",
+    )
+
+    @model_validator(mode="after")
+    def _check_texts(self) -> Self:
+        if not self.prompt.strip():
+            raise _field_error("prompt", _must_be("prompt", self.prompt))
+        for name in ("prompt", "negative_prompt", "system_prompt"):
+            if "\0" in (getattr(self, name) or ""):
+                raise _field_error(name, f"{name} must not contain a NUL character")
+        if self.cfg_trunc_ratio is not None and self.cfg_trunc_t is not None:
+            raise _field_error(
+                "cfg_trunc_t", "cfg_trunc_t and cfg_trunc_ratio say the same thing: give only one"
+            )
+        return self
+
+
+def _field_error(field: str, sentence: str) -> PydanticCustomError:
+    return PydanticCustomError("field", "{sentence}", {"field": field, "sentence": sentence})
+
+
+def printable(text: str, limit: int = 60) -> str:
+    """Return `text` shortened to `limit` characters, with nothing that UTF-8 cannot carry."""
+    if len(text) > limit:
+        text = text[:limit] + "…"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _shown(value: Any) -> str:
+    """The offending value as JSON, short enough for a sentence."""
+    if isinstance(value, str) and len(value) > 60:
+        return f"a text of {len(value)} characters"
+    try:
+        return printable(json.dumps(value, ensure_ascii=False))
+    except (ValueError, TypeError, RecursionError):
+        return f"a value of type {type(value).__name__}"
+
+
+def _must_be(field: str, value: Any) -> str:
+    return f"{field} must be {GenerateBody.model_fields[field].description}, got {_shown(value)}"
+
+
+def _unknown_field(name: str) -> str:
+    known = list(GenerateBody.model_fields)
+    lowered = name.lower()
+    near = [_OTHER_NAMES[lowered]] if lowered in _OTHER_NAMES else []
+    near = near or difflib.get_close_matches(lowered, known, n=1, cutoff=0.5)
+    if near:
+        return f"unknown field '{printable(name)}'; did you mean '{near[0]}'?"
+    return f"unknown field '{printable(name)}'; known are {', '.join(known)}"
+
+
+def _sentence(error: Any, value: dict[str, Any]) -> tuple[str, str]:
+    """Turn one pydantic error into (field, sentence)."""
+    if error["type"] == "field":
+        return error["ctx"]["field"], error["ctx"]["sentence"]
+    field = str(error["loc"][0])
+    if error["type"] == "missing":
+        allowed = GenerateBody.model_fields[field].description
+        return field, f"{field} is required: {allowed}"
+    if error["type"] == "string_unicode":
+        return field, f"{field} must not contain lone surrogates"
+    return field, _must_be(field, value[field])
+
+
+def parse_generate(value: Any) -> GenerateBody:
+    """Check a decoded JSON body against everything that does not depend on the model.
+
+    Raises InvalidRequest (InvalidFields where fields are to blame).
+    """
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {_shown(value)}")
+    # Unknown names come first: a misspelt field is better named than reported as missing. They
+    # are taken out here because pydantic stops at a name that is not valid Unicode.
+    unknown = [name for name in value if name not in GenerateBody.model_fields]
+    wrong = {printable(name): _unknown_field(name) for name in unknown}
+    try:
+        body = GenerateBody.model_validate({n: v for n, v in value.items() if n not in unknown})
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            field, sentence = _sentence(item, value)
+            wrong.setdefault(field, sentence)
+    if wrong:
+        raise InvalidFields(list(wrong.items()))
+    return body
+
+
+def check_against_model(body: GenerateBody, info: ModelInfo) -> None:
+    """Check what depends on the checkpoint: sizes, steps, presets. Raises InvalidFields."""
+    wrong: list[tuple[str, str]] = []
+    for field in ("width", "height"):
+        size = getattr(body, field)
+        if size is None:
+            continue
+        if not info.min_size <= size <= info.max_size or size % info.size_multiple:
+            allowed = f"a multiple of {info.size_multiple} from {info.min_size} to {info.max_size}"
+            wrong.append((field, f"{field} must be {allowed}, got {size}"))
+    steps = body.num_inference_steps
+    if steps is not None and steps > info.max_steps:
+        sentence = f"num_inference_steps must be a whole number from 1 to {info.max_steps}"
+        wrong.append(("num_inference_steps", f"{sentence}, got {_shown(steps)}"))
+    if body.preset is not None and body.preset not in info.presets:
+        offered = ", ".join(sorted(info.presets)) or "none"
+        sentence = f"preset must be one that {info.name} has ({offered}), got {_shown(body.preset)}"
+        wrong.append(("preset", sentence))
+    if wrong:
+        raise InvalidFields(wrong)
+
+
+def job_spec(body: GenerateBody, *, seed: int, output_format: OutputFormat) -> JobSpec:
+    """The job of a checked body; `seed` and `output_format` fill what the body left out."""
+    fields = body.model_dump(exclude={"priority", "seed", "output_format"}, exclude_none=True)
+    return JobSpec(**fields, seed=seed, output_format=output_format)
+
+
+class ErrorAnswer(BaseModel):
+    """Why a job failed: a stable code and one sentence."""
+
+    code: str
+    detail: str
+
+
+class ImageAnswer(BaseModel):
+    """One picture; `url` is a path on this server."""
+
+    url: str
+    sha256: str
+    width: int
+    height: int
+    seed: int
+
+
+class TimingsAnswer(BaseModel):
+    """Seconds spent in each stage."""
+
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    store_s: float
+    total_s: float
+
+
+class StepsAnswer(BaseModel):
+    """Denoising steps by kind."""
+
+    computed: int
+    skipped: int
+    cfg: int
+
+
+class JobAnswer(BaseModel):
+    """A job as `POST /generate` and `GET /jobs/{id}` report it. Times are RFC 3339, UTC."""
+
+    id: str
+    status: JobStatus
+    error: ErrorAnswer | None
+    position: int | None = Field(description="1 = next of the queued jobs; null unless queued")
+    step: int
+    total: int = Field(description="steps of this job; 0 until a worker has prepared it")
+    attempt: int
+    submitted_at: str
+    started_at: str | None
+    finished_at: str | None
+    expires_at: str | None
+    model: str | None
+    seed: int
+    images: list[ImageAnswer]
+    timings: TimingsAnswer | None
+    steps: StepsAnswer | None
+    warnings: list[str]
+    metadata: dict[str, Any] | None
+
+
+def _when(time_ms: int | None) -> str | None:
+    if time_ms is None:
+        return None
+    text = datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
+
+
+def job_answer(record: JobRecord) -> JobAnswer:
+    """Return what a caller sees of a job."""
+    result = record.result
+    images = [
+        ImageAnswer(
+            url=f"/jobs/{record.id}/images/{index}",
+            sha256=image.sha256,
+            width=image.width,
+            height=image.height,
+            seed=image.seed,
+        )
+        for index, image in enumerate(result.images if result else ())
+    ]
+    error = record.error
+    return JobAnswer(
+        id=record.id,
+        status=record.status,
+        error=ErrorAnswer(code=error.code, detail=error.detail) if error else None,
+        position=record.position,
+        step=record.step,
+        total=record.total,
+        attempt=record.attempts,
+        submitted_at=_when(record.submitted_ms) or "",
+        started_at=_when(record.started_ms),
+        finished_at=_when(record.finished_ms),
+        expires_at=_when(record.expires_ms),
+        model=result.model if result else record.spec.model,
+        seed=record.spec.seed,
+        images=images,
+        timings=TimingsAnswer(**vars(result.timings)) if result else None,
+        steps=StepsAnswer(**vars(result.steps)) if result else None,
+        warnings=list(result.warnings) if result else [],
+        metadata=record.spec.metadata,
+    )

@@ -1,0 +1,78 @@
+"""Settings of every process of the service: `LUMINA_*` variables, typed and checked once."""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+ENV_PREFIX = "LUMINA_"
+
+# Variables of the build and of the model library, read elsewhere.
+FOREIGN_VARIABLES = frozenset({"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION"})
+
+
+class SettingsError(ValueError):
+    """A setting is unknown or has a value that is not allowed."""
+
+
+class Settings(BaseSettings):
+    """One value per knob; the environment variable is the upper-cased name behind `LUMINA_`.
+
+    Names ending in `_s`, the timeouts and the TTLs are seconds.
+    """
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, frozen=True, extra="forbid")
+
+    redis_url: str = "redis://127.0.0.1:6379/0"
+    data_dir: Path = Path("data")
+    blob_url: str = ""
+    """Where pictures are stored, an fsspec URL; empty means `blobs/` in the data directory."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    sync_timeout: float = Field(default=300.0, gt=0)
+    """How long `POST /generate` waits for a result before it answers 202."""
+
+    lease_s: float = Field(default=15.0, ge=0.5)
+    max_attempts: int = Field(default=3, ge=1)
+    queue_limit: int = Field(default=1000, ge=1)
+    """Queued jobs a pool may hold; beyond it a submission is refused."""
+
+    result_ttl: int = Field(default=24 * 3600, ge=60)
+    """How long a finished job and its pictures are kept."""
+
+    drain_s: float = Field(default=25.0, ge=0)
+    """How long a stopping worker goes on with what it has before it hands jobs back."""
+
+    max_running: int = Field(default=16, ge=1)
+    """Jobs a worker holds at once."""
+
+    max_step_tokens: int = Field(default=65536, ge=1)
+    """Image and text tokens, over all branches, that one denoising step may carry."""
+
+    @property
+    def blob_store_url(self) -> str:
+        """The fsspec URL of the blob store, with the data directory filled in."""
+        return self.blob_url or f"file://{(self.data_dir / 'blobs').resolve()}"
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Read the environment; `overrides` (command-line options, None = not given) win.
+
+    Raises SettingsError with one sentence for an unknown `LUMINA_*` variable or a bad value.
+    """
+    known = {ENV_PREFIX + name.upper() for name in Settings.model_fields} | FOREIGN_VARIABLES
+    unknown = sorted(
+        name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known
+    )
+    if unknown:
+        raise SettingsError(f"{unknown[0]}: unknown setting; known are {', '.join(sorted(known))}")
+    given = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ENV_PREFIX + str(first["loc"][0]).upper() if first["loc"] else "settings"
+        raise SettingsError(f"{name}: {first['msg']}, got {first['input']!r}") from None

@@ -1,0 +1,237 @@
+"""run_service: supervises redis-server, the API and the workers of `lumina serve`."""
+
+import fcntl
+import http.client
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import structlog
+
+from server.config import ENV_PREFIX, Settings
+from server.embedded.children import Child, spawn, stop_children
+from server.embedded.redis_server import EmbeddedRedis
+from server.errors import ServiceError
+from server.log import configure_logging
+
+log = structlog.get_logger(__name__)
+
+POLL_S = 0.1
+READY_POLL_S = 0.2
+WORKER_GRACE_S = 8.0  # beyond the drain
+API_GRACE_S = 6.0
+MISUSE = 2  # exit code of a child that must not be restarted
+
+
+def num_gpus() -> int:
+    """Return the number of GPUs this process may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    if shutil.which("nvidia-smi") is None:
+        return 0
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+
+
+def run_service(
+    settings: Settings,
+    model_dir: Path,
+    *,
+    workers: int | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    insecure: bool = False,
+    own_redis: bool = True,
+) -> int:
+    """Run the whole service until SIGINT or SIGTERM; prints one line when it is ready.
+
+    Args:
+        settings: passed on to the children through the environment.
+        model_dir: the checkpoint every worker serves.
+        workers: worker processes; None: one per GPU, or one on the CPU.
+        host: where the API listens.
+        port: where the API listens.
+        insecure: passed on to the API.
+        own_redis: start a redis-server; otherwise `settings.redis_url` is used.
+
+    Returns the exit code: 0 after an orderly end, else that of the child that cannot go on. Raises
+    ServiceError when the service cannot start. Must be called from the main thread.
+    """
+    configure_logging(settings.log_level)
+    with ExitStack() as stack:
+        lock = stack.enter_context(_locked(settings.data_dir))
+        _require_free(host, port)
+        signals = stack.enter_context(_Signals())
+        redis = None
+        redis_url = settings.redis_url
+        if own_redis:
+            redis = EmbeddedRedis(settings.data_dir, pass_fds=[lock.fileno()])
+            stack.callback(redis.stop)
+            redis.start()
+            redis_url = redis.url
+        service = _Service(
+            _environment(settings, redis_url), model_dir, workers, host, port, insecure
+        )
+        stack.callback(service.stop, settings.drain_s, signals)
+        return service.run(redis.child if redis else None, signals)
+
+
+class _Signals:
+    """SIGINT and SIGTERM, counted; a background job's ignored SIGINT is taken up too."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._before: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, _: int, __: FrameType | None) -> None:
+        self.count += 1
+
+
+class _Service:
+    """The API and the workers, as children."""
+
+    def __init__(
+        self,
+        env: dict[str, str],
+        model_dir: Path,
+        workers: int | None,
+        host: str,
+        port: int,
+        insecure: bool,
+    ) -> None:
+        self._env = env
+        self._model_dir = model_dir
+        self._host, self._port, self._insecure = host, port, insecure
+        gpus = num_gpus()
+        count = workers or max(1, gpus)
+        self.api = Child("api", self._spawn_api)
+        self.workers = [
+            Child(f"worker-{i}", lambda i=i: self._spawn_worker(i, count, gpus))  # type: ignore[misc]
+            for i in range(count)
+        ]
+
+    def run(self, redis: Child | None, signals: _Signals) -> int:
+        """Start everything and keep it running; returns the exit code."""
+        for child in (self.api, *self.workers):
+            child.start()
+        ready, asked_at = False, 0.0
+        while not signals.count:
+            for child in (self.api, *self.workers):
+                code = child.check()
+                if code == MISUSE or (code is not None and child is self.api and not ready):
+                    return code or 1  # it has said why
+            if redis is not None:
+                redis.check()
+            if not ready and time.monotonic() - asked_at > READY_POLL_S:
+                asked_at = time.monotonic()
+                ready = self._is_ready()
+                if ready:
+                    print(self._greeting(), flush=True)
+            time.sleep(POLL_S)
+        return 0
+
+    def stop(self, drain_s: float, signals: _Signals) -> None:
+        """Workers first, so that the API can still answer those whose jobs they finish."""
+        seen = signals.count
+
+        def impatient() -> bool:
+            return signals.count > max(1, seen)
+
+        stop_children(self.workers, drain_s + WORKER_GRACE_S, impatient)
+        stop_children([self.api], API_GRACE_S, impatient)
+
+    def _greeting(self) -> str:
+        count = len(self.workers)
+        name = self._model_dir.resolve().name
+        return (
+            f"lumina-serve ready on http://{_url_host(self._host)}:{self._port} "
+            f"({count} worker{'s' if count > 1 else ''}, model {name})"
+        )
+
+    def _is_ready(self) -> bool:
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._host, self._host)
+        connection = http.client.HTTPConnection(host, self._port, timeout=2.0)
+        try:
+            connection.request("GET", "/readyz")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _spawn_api(self) -> "subprocess.Popen[bytes]":
+        argv = ["api", "--host", self._host, "--port", str(self._port), "--needs-worker"]
+        if self._insecure:
+            argv.append("--insecure")
+        return spawn([sys.executable, "-m", "server.cli", *argv], self._env)
+
+    def _spawn_worker(self, index: int, count: int, gpus: int) -> "subprocess.Popen[bytes]":
+        env = dict(self._env)
+        if gpus:
+            visible = env.get("CUDA_VISIBLE_DEVICES")
+            devices = visible.split(",") if visible else [str(i) for i in range(gpus)]
+            env["CUDA_VISIBLE_DEVICES"] = devices[index % gpus].strip()
+        else:
+            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+            env.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
+        argv = ["worker", "--model", str(self._model_dir)]
+        return spawn([sys.executable, "-m", "server.cli", *argv], env)
+
+
+@contextmanager
+def _locked(data_dir: Path) -> Iterator[IO[str]]:
+    """Hold the data directory; raises ServiceError if another service does."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    with (data_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ServiceError(
+                f"the data directory {data_dir} is in use by another lumina serve"
+            ) from None
+        yield lock
+
+
+def _require_free(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ServiceError(f"cannot listen on {host} port {port}: {reason}") from None
+
+
+def _environment(settings: Settings, redis_url: str) -> dict[str, str]:
+    """The children's environment: every setting as its variable."""
+    values = settings.model_dump() | {
+        "redis_url": redis_url,
+        "data_dir": settings.data_dir.resolve(),
+    }
+    set_values = {name: value for name, value in values.items() if value is not None}
+    return os.environ | {ENV_PREFIX + name.upper(): str(v) for name, v in set_values.items()}
+
+
+def _url_host(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

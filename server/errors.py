@@ -1,0 +1,110 @@
+"""The server's exceptions, each with the stable code and HTTP status a caller sees.
+
+ServerError
+├── MalformedBody       400  the body is no JSON
+├── ForeignHost         403  the Host header names another machine
+├── BodyTimeout         408  the body did not arrive in time
+├── BodyTooLarge        413  the body is longer than allowed
+├── NotJson             415  the content type is not JSON
+├── InvalidRequest      422  the caller's input, also a ValueError
+│   └── UnknownModel    422  no worker serves a model of that name
+├── NotFound            404  no such job, image or blob (or somebody else's)
+├── QueueFull           503  the depth cap refuses new work
+├── QueueUnavailable    503  Redis does not answer
+├── ModelNotReady       503  no worker has published a model yet
+└── ServiceError        500  `lumina serve` or a worker cannot start
+"""
+
+
+class ServerError(Exception):
+    """Base of the tree: `detail` is one sentence for the caller, `code` and `status` are stable."""
+
+    code = "internal"
+    status = 500
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail)
+        self.detail = detail
+
+
+class InvalidRequest(ServerError, ValueError):
+    """The input is wrong; `detail` names the field, the value and what is allowed."""
+
+    code = "invalid-request"
+    status = 422
+
+
+class UnknownModel(InvalidRequest):
+    """No worker serves a model of the name asked for."""
+
+    code = "unknown-model"
+
+
+class MalformedBody(ServerError):
+    """The body is not the JSON it claims to be."""
+
+    code = "malformed-body"
+    status = 400
+
+
+class ForeignHost(ServerError):
+    """A service that is open to this machine only was addressed by another name."""
+
+    code = "foreign-host"
+    status = 403
+
+
+class BodyTimeout(ServerError):
+    """The body did not arrive in time."""
+
+    code = "body-timeout"
+    status = 408
+
+
+class BodyTooLarge(ServerError):
+    """The body is longer than the API reads."""
+
+    code = "body-too-large"
+    status = 413
+
+
+class NotJson(ServerError):
+    """The body is not declared as JSON."""
+
+    code = "not-json"
+    status = 415
+
+
+class NotFound(ServerError):
+    """There is no such job, image or blob, or it belongs to somebody else."""
+
+    code = "not-found"
+    status = 404
+
+
+class QueueFull(ServerError):
+    """The queue holds as many jobs as it may."""
+
+    code = "queue-full"
+    status = 503
+
+
+class QueueUnavailable(ServerError):
+    """Redis cannot be reached or refuses to write."""
+
+    code = "queue-unavailable"
+    status = 503
+
+
+class ModelNotReady(ServerError):
+    """No worker has published what it serves yet."""
+
+    code = "model-not-ready"
+    status = 503
+
+
+class ServiceError(ServerError):
+    """A process of the service cannot start or go on; `detail` is the line the operator reads."""
+
+    code = "service-error"
+    status = 500

@@ -1,0 +1,1 @@
+"""The job queue on Redis, and the blob store beside it."""

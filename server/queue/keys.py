@@ -1,0 +1,117 @@
+"""Every Redis key and every TTL of the queue, for Python and, as a prelude, for the Lua scripts.
+
+All keys share one hash tag, so that a script may touch any of them on a Redis Cluster too.
+Times are integer milliseconds.
+
+key                               type    holds
+job:<id>                          hash    one job; TTL once it has ended
+queued:<pool>                     zset    every queued job by submit order: depth and positions
+ready:<pool>:<priority>:<tenant>  zset    jobs to claim, by submit order
+ring:<pool>                       zset    priorities with work -> virtual time (cost / weight)
+served:<pool>                     hash    a priority's virtual time while it has no work
+ring:<pool>:<priority>            zset    tenants with work -> virtual time (cost)
+solo:<pool>                       zset    reclaimed jobs, each to run alone, by submit order
+drain:<pool>                      string  the busy worker that empties itself for a solo job
+lease                             zset    running jobs -> end of their lease
+scheduled                         zset    jobs waiting out a backoff -> when they are due
+dead                              zset    jobs that used up their attempts -> when
+events:<id>                       stream  what happened to a job
+wake:<pool>                       list    tokens that wake idle workers
+model:<pool>                      hash    what the workers of the pool serve
+pools                             set     pools with a published model
+workers:<pool>                    zset    workers -> last heartbeat
+worker:<id>                       hash    one worker; expires without heartbeats
+seq                               string  the submit order counter
+changes                           channel ids of jobs that changed
+"""
+
+PREFIX = "{lumina}:"
+
+QUEUED = PREFIX + "queued:"
+LEASE = PREFIX + "lease"
+SCHEDULED = PREFIX + "scheduled"
+DEAD = PREFIX + "dead"
+POOLS = PREFIX + "pools"
+SEQ = PREFIX + "seq"
+CHANGES = PREFIX + "changes"
+
+SECOND_MS = 1000
+DAY_MS = 24 * 3600 * SECOND_MS
+DEAD_TTL_MS = 7 * DAY_MS
+DEAD_LIMIT = 10_000
+EVENTS_TTL_MS = 3600 * SECOND_MS
+EVENTS_LIMIT = 256
+DRAIN_TTL_MS = 30 * SECOND_MS
+WAKE_TTL_MS = 60 * SECOND_MS
+WAKE_LIMIT = 64
+BACKOFF_MS = 2 * SECOND_MS
+
+WEIGHTS = {"low": 1, "normal": 4, "high": 16}
+
+
+def job(job_id: str) -> str:
+    """The hash of one job."""
+    return f"{PREFIX}job:{job_id}"
+
+
+def events(job_id: str) -> str:
+    """The stream of one job's events."""
+    return f"{PREFIX}events:{job_id}"
+
+
+def queued(pool: str) -> str:
+    """Every queued job of a pool by submit order."""
+    return QUEUED + pool
+
+
+def solo(pool: str) -> str:
+    """Reclaimed jobs of a pool, each to run alone."""
+    return f"{PREFIX}solo:{pool}"
+
+
+def ready(pool: str, priority: str, tenant: str) -> str:
+    """The jobs of one tenant and priority that wait for a worker."""
+    return f"{PREFIX}ready:{pool}:{priority}:{tenant}"
+
+
+def wake(pool: str) -> str:
+    """The list idle workers of a pool block on."""
+    return f"{PREFIX}wake:{pool}"
+
+
+def model(pool: str) -> str:
+    """What the workers of a pool serve."""
+    return f"{PREFIX}model:{pool}"
+
+
+def workers(pool: str) -> str:
+    """The workers of a pool by last heartbeat."""
+    return f"{PREFIX}workers:{pool}"
+
+
+def worker(worker_id: str) -> str:
+    """One worker's own entry."""
+    return f"{PREFIX}worker:{worker_id}"
+
+
+def lua_prelude() -> str:
+    """Return the Lua line that gives the scripts these names and limits, as locals."""
+    names = {
+        "PREFIX": PREFIX,
+        "LEASE": LEASE,
+        "SCHEDULED": SCHEDULED,
+        "DEAD": DEAD,
+        "POOLS": POOLS,
+        "CHANGES": CHANGES,
+        "DEAD_TTL": DEAD_TTL_MS,
+        "DEAD_LIMIT": DEAD_LIMIT,
+        "EVENTS_TTL": EVENTS_TTL_MS,
+        "EVENTS_LIMIT": EVENTS_LIMIT,
+        "DRAIN_TTL": DRAIN_TTL_MS,
+        "WAKE_TTL": WAKE_TTL_MS,
+        "WAKE_LIMIT": WAKE_LIMIT,
+        "BACKOFF": BACKOFF_MS,
+    }
+    values = [f"'{value}'" if isinstance(value, str) else str(value) for value in names.values()]
+    weights = ", ".join(f"{priority} = {weight}" for priority, weight in WEIGHTS.items())
+    return f"local {', '.join(names)} = {', '.join(values)}\nlocal WEIGHTS = {{{weights}}}\n"

@@ -1,0 +1,1 @@
+"""Which running requests step together: ids and costs, no torch."""

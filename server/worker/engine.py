@@ -1,0 +1,218 @@
+"""The engine: a pipeline on its device, and the denoising state of every running request.
+
+It computes what the scheduler decides. A request that fails takes nobody with it: when a batch
+raises, its members are tried again one by one.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, TypeVar
+
+import structlog
+from PIL import Image
+
+from model.request import GenerationRequest
+from server.protocol import JobError, JobSpec, StepCounts
+from server.queue.jobs import Claim
+from server.scheduler.request import RunningRequest
+from server.scheduler.scheduler import Remaining, StepBatch
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+INTERNAL = JobError(
+    code="internal", detail="the worker hit an unexpected error; its log has the details"
+)
+
+
+class RequestState(Protocol):
+    """What the engine reads of `model.pipeline.DenoiseState`."""
+
+    request: Any
+    warnings: list[str]
+    steps_computed: int
+    steps_cfg: int
+
+    @property
+    def step_index(self) -> int:
+        """Steps done."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps in all."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the next step."""
+
+
+class StepPipeline(Protocol):
+    """What the engine needs of `model.pipeline.Pipeline`."""
+
+    def prepare(self, request: GenerationRequest, /) -> Any:
+        """Return the state of a request that has taken no step."""
+
+    def denoise_step(self, states: Sequence[Any], /) -> None:
+        """Advance every state by one step, or raise and advance none."""
+
+    def decode(self, states: Sequence[Any], /) -> list[list[Image.Image]]:
+        """Return the pictures of each state."""
+
+
+@dataclass
+class ActiveJob:
+    """A claimed job in this process. Times are monotonic seconds at the end of each stage."""
+
+    claim: Claim
+    state: RequestState
+    claimed_at: float
+    prepared_at: float
+    denoised_at: float = 0.0
+    decoded_at: float = 0.0
+
+    @property
+    def steps(self) -> StepCounts:
+        """How its steps were done."""
+        computed = self.state.steps_computed
+        return StepCounts(
+            computed=computed,
+            skipped=self.state.step_index - computed,
+            cfg=self.state.steps_cfg,
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A job the engine gave up, and whether another attempt may help."""
+
+    claim: Claim
+    error: JobError
+    retry: bool
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A job whose pictures are ready to be stored."""
+
+    job: ActiveJob
+    images: list[Image.Image]
+
+
+def generation_request(spec: JobSpec) -> GenerationRequest:
+    """Return the part of a job that concerns the picture; raises ValueError."""
+    names = [field.name for field in fields(GenerationRequest)]
+    return GenerationRequest(**{name: getattr(spec, name) for name in names})
+
+
+class Engine:
+    """Runs requests on one pipeline. Used from one thread only.
+
+    Args:
+        pipeline: the model.
+        beat: called after every stage, to show progress.
+    """
+
+    def __init__(self, pipeline: StepPipeline, beat: Callable[[], None] = lambda: None) -> None:
+        self._pipeline = pipeline
+        self._beat = beat
+        self._jobs: dict[str, ActiveJob] = {}
+
+    def prepare(self, claim: Claim, claimed_at: float) -> RunningRequest | Failure:
+        """Encode the prompt and draw the noise; a request the model refuses is a Failure."""
+        try:
+            state: RequestState = self._pipeline.prepare(generation_request(claim.spec))
+        except ValueError as error:
+            return Failure(claim, JobError(code="invalid-request", detail=str(error)), retry=False)
+        except Exception:
+            log.exception("prepare failed", job=claim.job_id)
+            return Failure(claim, INTERNAL, retry=True)
+        self._jobs[claim.key] = ActiveJob(claim, state, claimed_at, time.monotonic())
+        self._beat()
+        return RunningRequest(
+            key=claim.key,
+            num_tokens=state.num_tokens,
+            steps_left=state.num_steps,
+            cost_ms=claim.cost_ms,
+            solo=claim.solo,
+        )
+
+    def step(self, batch: StepBatch) -> list[Failure]:
+        """Advance the batch by one step in one packed forward; returns the members that failed."""
+        if not batch.keys:
+            return []
+        jobs = [self._jobs[key] for key in batch.keys]
+        _, failures = self._run(
+            lambda some: self._pipeline.denoise_step([job.state for job in some]), jobs
+        )
+        self._beat()
+        return failures
+
+    def remaining(self, batch: StepBatch) -> dict[str, Remaining]:
+        """What the members of the batch still need; failed ones are missing."""
+        states = {key: self._jobs[key].state for key in batch.keys if key in self._jobs}
+        return {
+            key: Remaining(state.num_tokens, state.num_steps - state.step_index)
+            for key, state in states.items()
+        }
+
+    def decode(self, keys: Sequence[str]) -> tuple[list[Decoded], list[Failure]]:
+        """Turn finished requests into pictures; the engine forgets them."""
+        if not keys:
+            return [], []
+        jobs = [self._jobs[key] for key in keys]
+        now = time.monotonic()
+        for job in jobs:
+            job.denoised_at = now
+        decoded, failures = self._run(self._decode, jobs)
+        for key in keys:
+            self._jobs.pop(key, None)
+        self._beat()
+        return [each for some in decoded for each in some], failures
+
+    def progress(self, key: str) -> tuple[int, int]:
+        """Steps done and steps in all of a running request."""
+        state = self._jobs[key].state
+        return state.step_index, state.num_steps
+
+    def abort(self, key: str) -> Claim | None:
+        """Forget a request; returns its claim."""
+        job = self._jobs.pop(key, None)
+        return None if job is None else job.claim
+
+    def claims(self) -> list[Claim]:
+        """The claims of all requests that have not been decoded."""
+        return [job.claim for job in self._jobs.values()]
+
+    def _decode(self, jobs: list[ActiveJob]) -> list[Decoded]:
+        pictures = self._pipeline.decode([job.state for job in jobs])
+        now = time.monotonic()
+        for job in jobs:
+            job.decoded_at = now
+        return [Decoded(job, images) for job, images in zip(jobs, pictures, strict=True)]
+
+    def _run(
+        self, act: Callable[[list[ActiveJob]], T], jobs: list[ActiveJob]
+    ) -> tuple[list[T], list[Failure]]:
+        """Act on all jobs at once or, if that raises, on each alone: the culprit fails alone.
+
+        A step that raises has changed no state, so the others lose nothing.
+        """
+        try:
+            return [act(jobs)], []
+        except Exception:
+            log.exception("batch failed", jobs=[job.claim.job_id for job in jobs])
+            if len(jobs) == 1:
+                return [], [self._give_up(jobs[0])]
+        results, failures = [], []
+        for job in jobs:
+            try:
+                results.append(act([job]))
+            except Exception:
+                log.exception("job failed alone too", job=job.claim.job_id)
+                failures.append(self._give_up(job))
+        return results, failures
+
+    def _give_up(self, job: ActiveJob) -> Failure:
+        self._jobs.pop(job.claim.key, None)
+        return Failure(job.claim, INTERNAL, retry=True)

@@ -1,0 +1,257 @@
+"""The worker's line to the queue: a thread with its own event loop.
+
+It claims what the scheduler has room for, renews leases, learns of cancellations, reports progress
+and commits results. The engine's thread only exchanges small messages with it, so a slow Redis
+never holds up a denoising step, and a long step never costs a lease.
+"""
+
+import asyncio
+import contextlib
+import queue
+import random
+import threading
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import structlog
+
+from server.errors import QueueUnavailable
+from server.protocol import JobError, JobResult, ModelInfo
+from server.queue.connection import MAX_BLOCK_S, end_tasks
+from server.queue.jobs import Claim, JobQueue
+from server.scheduler.scheduler import Capacity
+from server.worker.pulse import Pulse
+
+log = structlog.get_logger(__name__)
+T = TypeVar("T")
+
+RETRY_S = (0.2, 2.0)
+BUSY_CLAIM_S = 0.05
+PROGRESS_S = 0.05
+REAP_S = (0.5, 1.5)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A claimed job, and the monotonic time it was claimed at."""
+
+    claim: Claim
+    claimed_at: float
+
+
+@dataclass(frozen=True)
+class Inbox:
+    """What happened since the last poll: jobs to start, and keys of claims to drop."""
+
+    arrivals: list[Arrival]
+    dropped: list[str]
+
+
+class Intake:
+    """The queue as the engine's thread sees it.
+
+    Args:
+        open_queue: makes the JobQueue, inside this thread's event loop.
+        worker_id: names this worker in leases.
+        pool: whose jobs to claim.
+        pulse: beaten by the engine; when it stops, leases are no longer renewed.
+    """
+
+    def __init__(
+        self, open_queue: Callable[[], JobQueue], worker_id: str, pool: str, pulse: Pulse
+    ) -> None:
+        self.worker_id = worker_id
+        self.pool = pool
+        self._open_queue = open_queue
+        self._pulse = pulse
+        self._held: dict[str, Claim] = {}
+        self._steps: dict[str, tuple[int, int]] = {}
+        self._news: queue.SimpleQueue[Arrival | str | None] = queue.SimpleQueue()
+        self._asked: Future[None] | None = None
+        self._waiting: asyncio.Future[None] | None = None
+        self._stopping = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
+
+    # Called from the engine's thread ------------------------------------------------------------
+
+    def start(self, info: ModelInfo) -> None:
+        """Start the thread, tell the API what this worker serves, and show up as alive."""
+        self._queue = self._open_queue()
+        self._thread.start()
+        self._call(self._publish(info))
+        for task in (self._beat, self._report, self._reap):
+            self._call(self._forever(task))
+
+    def poll(self, capacity: Capacity, wait_s: float = 0.0) -> Inbox:
+        """Return the news, waiting up to `wait_s` for some; asks for jobs where there is room."""
+        if capacity.jobs > 0 and not self._stopping and (self._asked is None or self._asked.done()):
+            self._asked = self._call(self._claim(capacity))
+        inbox = Inbox([], [])
+        news = self._next_news(wait_s)
+        while news is not None:
+            if isinstance(news, Arrival):
+                inbox.arrivals.append(news)
+            else:
+                inbox.dropped.append(news)
+            news = self._next_news(0.0)
+        return inbox
+
+    def report(self, key: str, step: int, total: int) -> None:
+        """Say that `step` of `total` is done; only the latest of a claim is sent."""
+        self._loop.call_soon_threadsafe(self._steps.__setitem__, key, (step, total))
+
+    def complete(self, claim: Claim, result: JobResult) -> Future[bool]:
+        """Commit a result, for as long as it takes; False if the claim no longer holds."""
+        return self._call(self._settle(claim, lambda: self._queue.complete(claim, result)))
+
+    def fail(self, claim: Claim, error: JobError, retry: bool) -> Future[bool]:
+        """End the attempt with an error."""
+        return self._call(self._settle(claim, lambda: self._queue.fail(claim, error, retry)))
+
+    def release(self, claim: Claim) -> Future[bool]:
+        """Hand a job back unfinished."""
+        return self._call(self._settle(claim, lambda: self._queue.release(claim)))
+
+    def stop_claiming(self, timeout_s: float) -> None:
+        """Take no new jobs; on return the last ones claimed have arrived for `poll`.
+
+        A claim under way is not cut off: its jobs would stay with this worker until their leases
+        end.
+        """
+        self._stopping = True
+        self._loop.call_soon_threadsafe(self._stop_waiting)
+        if self._asked is not None:
+            with contextlib.suppress(TimeoutError):
+                self._asked.result(timeout_s)
+
+    def stop(self, timeout_s: float) -> None:
+        """Sign off and end the thread; gives up on a silent Redis after `timeout_s`."""
+        goodbye = self._call(self._say_goodbye())
+        with contextlib.suppress(TimeoutError):
+            goodbye.result(timeout_s)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout_s)
+
+    # In the intake thread -----------------------------------------------------------------------
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._loop.run_forever()
+        self._loop.run_until_complete(end_tasks(asyncio.all_tasks(self._loop)))
+        self._loop.close()
+
+    def _call(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def _next_news(self, wait_s: float) -> Arrival | str | None:
+        try:
+            return self._news.get(timeout=wait_s) if wait_s else self._news.get_nowait()
+        except queue.Empty:
+            return None
+
+    async def _claim(self, capacity: Capacity) -> None:
+        """Answer one demand: once for a busy worker, until something comes for an idle one."""
+        while not self._stopping:
+            try:
+                claims = await self._queue.claim(
+                    self.worker_id, self.pool, capacity.jobs, capacity.cost_ms, idle=capacity.idle
+                )
+                now = time.monotonic()
+                for claim in claims:
+                    self._held[claim.key] = claim
+                    self._news.put(Arrival(claim, now))
+                if claims:
+                    return
+                if not capacity.idle:
+                    await asyncio.sleep(BUSY_CLAIM_S)
+                    return
+                await self._wait_for_work()
+            except QueueUnavailable as error:
+                await self._pause("claim", error)
+
+    async def _wait_for_work(self) -> None:
+        self._waiting = asyncio.ensure_future(self._queue.wait_for_work(self.pool, MAX_BLOCK_S))
+        await asyncio.wait({self._waiting})
+        if not self._waiting.cancelled():
+            self._waiting.result()
+
+    def _stop_waiting(self) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+
+    async def _beat(self) -> None:
+        """Renew the leases, unless the engine hangs; drop the claims that are gone."""
+        if self._pulse.hung():
+            log.error("no progress: leases are let go", jobs=len(self._held))
+        else:
+            gone = await self._queue.heartbeat(self.worker_id, self.pool, list(self._held.values()))
+            for claim, state in gone:
+                self._drop(claim, state)
+        await asyncio.sleep(self._queue.lease_s / 3)
+
+    async def _report(self) -> None:
+        """Send the latest step of every job; the answer tells at once who was canceled."""
+        steps, self._steps = self._steps, {}
+        for key, (step, total) in steps.items():
+            claim = self._held.get(key)
+            if claim is not None:
+                state = await self._queue.progress(claim, step, total)
+                if state != "held":
+                    self._drop(claim, state)
+        await asyncio.sleep(PROGRESS_S)
+
+    async def _reap(self) -> None:
+        await asyncio.sleep(random.uniform(*REAP_S))
+        taken = await self._queue.reap()
+        if taken:
+            log.warning("jobs taken back from silent workers", jobs=taken)
+
+    async def _settle(self, claim: Claim, act: Callable[[], Awaitable[bool]]) -> bool:
+        """End a claim, retrying while Redis is away: the lease is renewed meanwhile."""
+        while True:
+            try:
+                stood = await act()
+                break
+            except QueueUnavailable as error:
+                await self._pause("commit", error)
+        self._held.pop(claim.key, None)
+        self._steps.pop(claim.key, None)
+        if not stood:
+            log.warning("the claim no longer held", job=claim.job_id, claim_no=claim.claim_no)
+        return stood
+
+    def _drop(self, claim: Claim, state: str) -> None:
+        if self._held.pop(claim.key, None) is not None:
+            log.info("job dropped", job=claim.job_id, claim_no=claim.claim_no, why=state)
+            self._news.put(claim.key)
+
+    async def _publish(self, info: ModelInfo) -> None:
+        while True:
+            try:
+                await self._queue.publish_model(self.pool, info)
+                return
+            except QueueUnavailable as error:
+                await self._pause("publish", error)
+
+    async def _forever(self, task: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await task()
+            except QueueUnavailable as error:
+                await self._pause(task.__name__.strip("_"), error)
+            except Exception:
+                log.exception("intake task failed", task=task.__name__)
+                await asyncio.sleep(RETRY_S[1])
+
+    async def _say_goodbye(self) -> None:
+        with contextlib.suppress(QueueUnavailable):
+            await self._queue.sign_off(self.worker_id, self.pool)
+        await self._queue.close()
+
+    async def _pause(self, what: str, error: QueueUnavailable) -> None:
+        log.warning("queue away", doing=what, reason=error.detail)
+        await asyncio.sleep(random.uniform(*RETRY_S))

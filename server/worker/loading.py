@@ -1,0 +1,98 @@
+"""Loads a checkpoint for serving, warms it up, and says what it offers.
+
+Torch is imported when a checkpoint is loaded, not before: it takes seconds, and a worker that is
+told to stop meanwhile should not have to wait for it.
+"""
+
+import dataclasses
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.request import GenerationRequest
+from server.protocol import ModelInfo
+
+if TYPE_CHECKING:
+    from model.pipeline import Pipeline
+    from server.worker.engine import StepPipeline
+
+WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A pipeline ready to serve, and what the API must know of it."""
+
+    pipeline: "StepPipeline"
+    info: ModelInfo
+
+
+def load_model(folder: Path) -> LoadedModel:
+    """Load a checkpoint folder on the GPU (bfloat16) or, without one, the CPU (float32).
+
+    Raises ValueError (`CheckpointError`) with one line that names the file and the fault.
+    """
+    import torch
+
+    from model import load_pipeline
+
+    on_gpu = torch.cuda.is_available()
+    pipeline = load_pipeline(
+        folder,
+        device="cuda" if on_gpu else "cpu",
+        dtype=torch.bfloat16 if on_gpu else torch.float32,
+    )
+    return LoadedModel(pipeline, describe(pipeline, folder))
+
+
+def describe(pipeline: "Pipeline", folder: Path) -> ModelInfo:
+    """Return the limits and defaults of a loaded checkpoint; its step cost is not yet measured."""
+    from model.text_encoder import TEMPLATE_NAMES
+
+    config = pipeline.generation_config
+    limits = config.limits
+    return ModelInfo(
+        name=folder.resolve().name,
+        hash=checkpoint_hash(folder),
+        min_size=limits.min_size,
+        max_size=limits.max_size,
+        size_multiple=limits.size_multiple,
+        default_width=config.defaults["width"],
+        default_height=config.defaults["height"],
+        max_steps=limits.max_steps,
+        default_steps=config.defaults["num_inference_steps"],
+        max_prompt_tokens=pipeline.text_encoder.max_tokens,
+        step_cost_ms=0.0,
+        defaults=dict(config.defaults),
+        presets={name: dict(preset) for name, preset in config.presets.items()},
+        templates=TEMPLATE_NAMES,
+    )
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """Return the sha256 that identifies a checkpoint: of its manifest, or else of all its files."""
+    from model.checkpoint import MANIFEST, sha256_file
+
+    if (folder / MANIFEST).is_file():
+        return sha256_file(folder / MANIFEST)
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not path.name.startswith("."):
+            digest.update(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def warm_up(model: LoadedModel) -> ModelInfo:
+    """Draw one picture of the default size and few steps; returns the offer with the step cost."""
+    pipeline = model.pipeline
+    request = GenerationRequest(prompt="warm-up", seed=0, num_inference_steps=WARM_UP_STEPS)
+    state = pipeline.prepare(request)
+    step_s = 0.0
+    while state.step_index < state.num_steps:
+        started = time.monotonic()
+        pipeline.denoise_step([state])
+        step_s = time.monotonic() - started  # the last one: the first pays for caches
+    pipeline.decode([state])
+    return dataclasses.replace(model.info, step_cost_ms=round(step_s * 1000, 3))

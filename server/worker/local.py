@@ -1,0 +1,95 @@
+"""The model in this process, without a queue: what `lumina generate` and `lumina inspect` do."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from model import GenerationRequest
+from model.checkpoint import verify_manifest
+from model.pipeline import DenoiseState, Pipeline
+from server.protocol import OutputFormat
+from server.worker.loading import load_model
+from server.worker.output import encode_image, parameters_of
+
+
+class Drawing:
+    """One picture on its way, from a checkpoint folder to the bytes of a file.
+
+    Raises ValueError (`CheckpointError`) when the checkpoint cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._model = load_model(folder)
+        assert isinstance(self._model.pipeline, Pipeline)
+        self._pipeline = self._model.pipeline
+        self._state: DenoiseState | None = None
+        self._seconds = 0.0
+
+    @property
+    def state(self) -> DenoiseState:
+        """What `prepare` made."""
+        assert self._state is not None
+        return self._state
+
+    def prepare(self, request: GenerationRequest) -> None:
+        """Take the request; raises ValueError when this checkpoint cannot do what it asks."""
+        self._state = self._pipeline.prepare(request)
+
+    def draw(self, image_format: OutputFormat, on_step: Callable[[], None]) -> bytes:
+        """Return the file of the picture; `on_step` is called after every denoising step."""
+        started = time.monotonic()
+        while not self.state.finished:
+            self._pipeline.denoise_step([self.state])
+            on_step()
+        ((image,),) = self._pipeline.decode([self.state])
+        self._seconds = time.monotonic() - started
+        info = self._model.info
+        parameters = parameters_of(self.state.request, info.name, info.hash, 0)
+        return encode_image(image, image_format, None, parameters)
+
+    @property
+    def summary(self) -> str:
+        """What was drawn, in a few words."""
+        request = self.state.request
+        return (
+            f"{request.width}x{request.height}, seed {request.seed}, "
+            f"{self.state.num_steps} steps, {self._seconds:.1f} s"
+        )
+
+
+def describe_checkpoint(folder: Path) -> list[tuple[str, str]]:
+    """Load a checkpoint and return what it is as (name, value) lines.
+
+    Raises ValueError (`CheckpointError`) with one line that names the file and the fault.
+    """
+    model = load_model(folder)
+    assert isinstance(model.pipeline, Pipeline)
+    config, info = model.pipeline.dit.config, model.info
+    limits = f"{info.min_size} to {info.max_size} pixels in steps of {info.size_multiple}"
+    parts = {
+        "transformer": model.pipeline.dit,
+        "vae": model.pipeline.vae.autoencoder,
+        "text encoder": model.pipeline.text_encoder.model,
+    }
+    facts = [("checkpoint", str(folder)), ("manifest", _manifest_line(folder)), ("hash", info.hash)]
+    for name, module in parts.items():
+        millions = sum(weight.numel() for weight in module.parameters()) / 1e6
+        facts.append((name, f"{millions:.2f} million weights"))
+    facts.append(
+        (
+            "network",
+            f"{config.num_layers} layers, hidden size {config.hidden_size}, "
+            f"{config.num_attention_heads} heads ({config.num_kv_heads} for keys and values)",
+        )
+    )
+    facts += [("sizes", limits), ("steps", f"1 to {info.max_steps}")]
+    defaults = ", ".join(f"{name} {value}" for name, value in info.defaults.items() if value != "")
+    facts += [("defaults", defaults), ("presets", ", ".join(info.presets) or "none")]
+    return facts
+
+
+def _manifest_line(folder: Path) -> str:
+    manifest = verify_manifest(folder)
+    if manifest is None:
+        return "none"
+    return f"verified, {len(manifest['files'])} files"

@@ -1,0 +1,202 @@
+"""The worker process: the loop around the engine, signals, and the orderly end."""
+
+import concurrent.futures
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+import structlog
+
+from server.config import Settings
+from server.log import configure_logging
+from server.protocol import DEFAULT_POOL
+from server.queue.blobs import BlobStore
+from server.queue.jobs import Claim, open_queue
+from server.scheduler.scheduler import Capacity, Scheduler, StepBatch
+from server.worker.engine import Decoded, Engine, Failure
+from server.worker.intake import Arrival, Intake
+from server.worker.loading import LoadedModel, load_model, warm_up
+from server.worker.output import Output
+from server.worker.pulse import Pulse
+
+log = structlog.get_logger(__name__)
+
+IDLE_WAIT_S = 0.2
+GOODBYE_S = 3.0
+FULL = Capacity(jobs=0, cost_ms=0.0, idle=False)
+
+
+class Worker:
+    """The engine's loop: every turn advances all running requests by one denoising step."""
+
+    def __init__(
+        self, scheduler: Scheduler, engine: Engine, intake: Intake, output: Output, pulse: Pulse
+    ) -> None:
+        self.scheduler = scheduler
+        self.engine = engine
+        self.intake = intake
+        self.output = output
+        self.pulse = pulse
+        self.stopping = False
+        self._step_s = 0.0
+
+    def run(self, drain_s: float) -> None:
+        """Serve until `stopping` is set, then finish what fits into `drain_s` and hand back."""
+        while not self.stopping:
+            self.turn()
+        self._drain(time.monotonic() + drain_s)
+
+    def turn(self) -> None:
+        """Take in what is new, advance everybody by one step, hand over the finished."""
+        self.pulse.beat()
+        inbox = self.intake.poll(self._capacity(), 0.0 if len(self.scheduler) else IDLE_WAIT_S)
+        self._drop(inbox.dropped)
+        self._start(inbox.arrivals)
+        batch = self.scheduler.schedule()
+        failures = self._step(batch)
+        finished = self.scheduler.complete_step(batch, self.engine.remaining(batch))
+        decoded, broken = self.engine.decode(finished)
+        self._hand_over(decoded, [*failures, *broken])
+
+    def _capacity(self) -> Capacity:
+        """Room for new jobs; none while the blob store cannot keep up."""
+        if self.stopping or self.output.pending >= self.scheduler.max_running:
+            return FULL
+        return self.scheduler.free_capacity()
+
+    def _drop(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.scheduler.abort(key)
+            self.engine.abort(key)
+
+    def _start(self, arrivals: Sequence[Arrival]) -> None:
+        for arrival in arrivals:
+            if self.stopping:
+                self.intake.release(arrival.claim)
+                continue
+            prepared = self.engine.prepare(arrival.claim, arrival.claimed_at)
+            if isinstance(prepared, Failure):
+                self._hand_over([], [prepared])
+                continue
+            self.scheduler.add(prepared)
+            self.intake.report(prepared.key, 0, prepared.steps_left)
+
+    def _step(self, batch: StepBatch) -> list[Failure]:
+        started = time.monotonic()
+        failures = self.engine.step(batch)
+        if batch.keys:
+            self._step_s = time.monotonic() - started
+        failed = {failure.claim.key for failure in failures}
+        for key in batch.keys:
+            if key not in failed:
+                self.intake.report(key, *self.engine.progress(key))
+        return failures
+
+    def _hand_over(self, decoded: Sequence[Decoded], failures: Sequence[Failure]) -> None:
+        for each in decoded:
+            self.output.submit(each)
+        for failure in failures:
+            log.info("job failed", job=failure.claim.job_id, code=failure.error.code)
+            self.intake.fail(failure.claim, failure.error, failure.retry)
+
+    def _drain(self, deadline: float) -> None:
+        """Finish what can be finished by `deadline` (monotonic), release the rest, sign off."""
+        log.info("draining", running=len(self.scheduler), storing=self.output.pending)
+        self.intake.stop_claiming(GOODBYE_S)
+        released = [self._release(claim) for claim in self._too_long(deadline)]
+        while (len(self.scheduler) or self.output.pending) and time.monotonic() < deadline:
+            self.turn()
+        self.turn_away()
+        released += [self._release(claim) for claim in self.engine.claims()]
+        released += [self.intake.release(claim) for claim in self.output.stop()]
+        concurrent.futures.wait(released, timeout=GOODBYE_S)
+        self.intake.stop(GOODBYE_S)
+        log.info("drained", released=len(released))
+
+    def turn_away(self) -> None:
+        """Hand back whatever was claimed but not started."""
+        inbox = self.intake.poll(FULL)
+        self._drop(inbox.dropped)
+        self._start(inbox.arrivals)
+
+    def _too_long(self, deadline: float) -> list[Claim]:
+        """Claims whose remaining steps, at the pace of the last one, end after `deadline`."""
+        left_s = deadline - time.monotonic()
+        late = []
+        for claim in self.engine.claims():
+            step, total = self.engine.progress(claim.key)
+            if (total - step) * self._step_s > left_s:
+                late.append(claim)
+        return late
+
+    def _release(self, claim: Claim) -> "concurrent.futures.Future[bool]":
+        self._drop([claim.key])
+        return self.intake.release(claim)
+
+
+def run_worker(
+    settings: Settings,
+    model_dir: Path,
+    *,
+    pool: str = DEFAULT_POOL,
+    worker_id: str | None = None,
+    load: Callable[[Path], LoadedModel] = load_model,
+) -> int:
+    """Serve jobs of `pool` with the checkpoint in `model_dir` until SIGTERM or SIGINT.
+
+    Returns the exit code: 0 after an orderly end, 2 (and one line on stderr) when the checkpoint
+    cannot be served. Must be called from the main thread.
+    """
+    worker_id = worker_id or f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
+    configure_logging(settings.log_level, worker=worker_id, pool=pool)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _leave_at_once)
+    started = time.monotonic()
+    try:
+        model = load(model_dir)
+    except (ValueError, OSError) as error:
+        print(f"lumina worker: {_one_line(error)}", file=sys.stderr, flush=True)
+        return 2
+    pulse = Pulse()
+    info = warm_up(model)
+    pulse.beat()
+    load_s = round(time.monotonic() - started, 2)
+    log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s)
+    intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
+    worker = Worker(
+        Scheduler(max_running=settings.max_running, max_step_tokens=settings.max_step_tokens),
+        Engine(model.pipeline, pulse.beat),
+        intake,
+        Output(intake, BlobStore(settings.blob_store_url), info.name, info.hash),
+        pulse,
+    )
+    _stop_on_signals(worker)
+    intake.start(info)
+    worker.run(settings.drain_s)
+    return 0
+
+
+def _stop_on_signals(worker: Worker) -> None:
+    """The first signal drains the worker, a second one ends it at once."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        worker.stopping = True
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def _leave_at_once(_: int, __: FrameType | None) -> None:
+    """End during loading: there is nothing to hand back yet."""
+    os._exit(0)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,5 @@
+"""Entry for ``torchrun -m trainer``."""
+
+from trainer.cli import main
+
+main()

@@ -1,0 +1,138 @@
+"""The ``trainer`` command line: thin, every command calls one function."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Make the checkpoints that lumina-serve serves.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+data_app = typer.Typer(help="Build data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
+
+
+@data_app.command("build")
+def data_build(
+    name: Annotated[str, typer.Argument(help="Which world; 'demo' is the only one.")],
+    out: Out,
+    num: Annotated[int, typer.Option("--num", min=1, help="Number of scenes.")],
+    seed: Annotated[int, typer.Option("--seed", help="Same seed, same data.")] = 0,
+    size: Annotated[int, typer.Option("--size", help="Side of the pictures in pixels.")] = 64,
+) -> None:
+    """Render scenes to PNG files and write their captions to records.jsonl."""
+    if name != "demo":
+        raise ValueError(f"data set {name!r} is unknown; 'demo' is the only one")
+    from trainer.demo.dataset import build
+
+    build(out, num, seed, sizes=((size, size),))
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder [runs/NAME].")] = None,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="A few steps of every stage on a tiny model.")
+    ] = False,
+    init: Annotated[
+        Path | None, typer.Option("--init", help="Start from this exported checkpoint.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override: key.path=value.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option("--resume", help="auto: go on where --out stopped; never: refuse.")
+    ] = "auto",
+) -> None:
+    """Train a recipe's stages in order; a run that was stopped goes on where it was.
+
+    Several processes: ``torchrun --nproc-per-node N -m trainer train …``.
+    """
+    from trainer.config import load_recipe
+    from trainer.distributed import close_world, init_world
+    from trainer.stages.run import run_recipe
+    from trainer.stages.smoke import shrink
+
+    if resume not in ("auto", "never"):
+        raise ValueError(f"--resume {resume!r} is not allowed; choose auto or never")
+    loaded = load_recipe(recipe, settings)
+    if smoke:
+        loaded = shrink(loaded)
+    folder = out or Path("runs") / loaded.name
+    if resume == "never" and (folder / "recipe.yaml").is_file():
+        raise ValueError(f"--out {str(folder)!r} already holds a run")
+    world = init_world()
+    try:
+        run_recipe(loaded, folder, world, init)
+    finally:
+        close_world()
+    if world.is_main:
+        typer.echo(f"done: {folder}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder of `trainer train`.")],
+    out: Out,
+    init: Annotated[
+        Path | None, typer.Option("--init", help="The checkpoint the run started from.")
+    ] = None,
+) -> None:
+    """Write a run's averaged weights as a checkpoint folder that servers and diffusers load."""
+    from trainer.export import export_run
+
+    info = export_run(run, out, init)
+    stages = ", ".join(f"{name} {steps} steps" for name, steps in info["stages"].items())
+    typer.echo(f"wrote {out} ({info['parameters'] / 1e6:.1f} M parameters; {stages})")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    suite: Annotated[str, typer.Option("--suite", help="'demo' is the only one.")] = "demo",
+    size: Annotated[
+        int | None, typer.Option("--size", help="Side in pixels [the checkpoint's own].")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="At most this many prompts per task.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for scores.json and grid.png.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the first picture.")] = 0,
+    preset: Annotated[str | None, typer.Option("--preset", help="Generation preset.")] = None,
+) -> None:
+    """Draw the suite's held-out prompts, judge every picture, print the table."""
+    if suite != "demo":
+        raise ValueError(f"--suite {suite!r} is unknown; 'demo' is the only one")
+    from trainer.evaluate.demo import evaluate_checkpoint
+
+    evaluate_checkpoint(checkpoint, size=size, limit=limit, out=out, seed=seed, preset=preset)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one line, exit code 2 for misuse and 1 for failure."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"trainer: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("trainer: interrupted; run the same command again to go on", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

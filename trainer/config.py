@@ -1,0 +1,180 @@
+"""Typed training recipes, read from YAML."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trainer.optim import OptimizerName
+
+RECIPES = Path(__file__).parent / "recipes"
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class OptimizerConfig(_Strict):
+    """How weights are updated."""
+
+    name: OptimizerName = "adamw"
+    lr: float = 2e-4
+    matrix_lr: float = 3e-3
+    """Of Muon; unused by AdamW."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    cooldown: Share = 0.0
+    """Share of the steps, at the end, over which the rate falls to zero."""
+    clip: float = 2.0
+    """Largest gradient norm."""
+    ema_decay: Share = 0.999
+
+
+class SizeShare(_Strict):
+    """One image size of a stage and how often it is drawn."""
+
+    width: Positive
+    height: Positive
+    weight: float = 1.0
+
+
+class VaeConfig(_Strict):
+    """The autoencoder stage: architecture and training."""
+
+    block_out_channels: list[Positive]
+    layers_per_block: Positive = 1
+    norm_num_groups: Positive = 8
+    latent_channels: Positive = 16
+    steps: Positive
+    batch_pixels: Positive
+    """Pixels per process and step; larger images come in smaller batches."""
+    sizes: list[SizeShare]
+    dense_share: Share = 0.6
+    """Share of crowded scenes, which have more edges and colours to learn from."""
+    kl_weight: float = 1e-4
+    gradient_weight: float = 1.0
+    optimizer: OptimizerConfig
+
+
+class TextConfig(_Strict):
+    """The tokenizer and text encoder stage."""
+
+    vocab_size: Positive = 1024
+    hidden_size: Positive = 192
+    intermediate_size: Positive = 512
+    num_layers: Positive = 4
+    num_heads: Positive = 4
+    num_kv_heads: Positive = 2
+    tokenizer_captions: Positive = 20_000
+    """Captions the tokenizer is trained on."""
+    steps: Positive
+    batch: Positive
+    optimizer: OptimizerConfig
+
+
+class DiffusionConfig(_Strict):
+    """One stage of flow matching."""
+
+    name: str
+    sizes: list[SizeShare]
+    scenes: Positive
+    """Scenes rendered and encoded once; drawn from again and again."""
+    steps: Positive
+    batch_tokens: Positive
+    """Image tokens per process and step."""
+    timestep_shift: float = 0.5
+    """mu of the shifted log-normal timesteps: t = sigmoid(u - mu)."""
+    caption_dropout: Share = 0.1
+    levels: dict[str, float]
+    """Caption level to its sampling weight."""
+    templates: dict[str, float]
+    """Prompt template to its sampling weight."""
+    optimizer: OptimizerConfig
+
+
+class Recipe(_Strict):
+    """Everything a training run does, in order: autoencoder, text encoder, diffusion stages."""
+
+    name: str
+    seed: int = 0
+    description: str = ""
+    vae: VaeConfig
+    text: TextConfig
+    transformer: dict[str, Any]
+    """Fields of the Next-DiT configuration; text and latent widths come from the other parts."""
+    shift: float = 3.0
+    """Sampling shift written to the exported scheduler."""
+    diffusion: list[DiffusionConfig]
+    generation: dict[str, Any]
+    """Content of ``generation_config.json``."""
+
+    @property
+    def default_width(self) -> int:
+        """Width in pixels that the exported checkpoint draws when nothing is asked."""
+        return int(self.generation["defaults"]["width"])
+
+
+def load_recipe(name_or_path: str, overrides: list[str] | None = None) -> Recipe:
+    """Read a shipped recipe by name or a YAML file, with ``key.path=value`` overrides.
+
+    Raises:
+        ValueError: one line naming the recipe, the key and what is allowed.
+    """
+    shipped = RECIPES / f"{name_or_path}.yaml"
+    path = shipped if shipped.is_file() else Path(name_or_path)
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise ValueError(f"recipe {name_or_path!r} is neither a file nor one of: {known}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path.name}: not valid YAML ({error})".replace("\n", " ")) from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path.name}: must hold a mapping")
+    for override in overrides or []:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(f"{path.name}: {_explain(error)}") from None
+
+
+def _override(data: dict[str, Any], text: str) -> None:
+    """Apply ``a.b.0.c=value``; the value is read as YAML."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text!r} must look like key.path=value")
+    *parents, last = key.split(".")
+    node: Any = data
+    try:
+        for part in parents:
+            node = node[int(part)] if isinstance(node, list) else node[part]
+        node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise ValueError(f"--set {key!r} names nothing in the recipe") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault in one sentence; an unknown key names the nearest known one."""
+    fault = error.errors()[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg']} (got {str(fault['input'])[:60]!r})"
+    model: Any = Recipe
+    for part in fault["loc"][:-1]:
+        model = _field_model(model, part)
+    near = difflib.get_close_matches(str(fault["loc"][-1]), list(model.model_fields), 1, 0.0)
+    return f"unknown key {where!r}; did you mean {near[0]!r}?"
+
+
+def _field_model(model: Any, part: int | str) -> Any:
+    """The model class behind one step of a validation path."""
+    if isinstance(part, int):
+        return model
+    annotation = model.model_fields[part].annotation
+    return annotation.__args__[0] if hasattr(annotation, "__args__") else annotation

@@ -1,0 +1,1 @@
+"""The demo world: procedural scenes with captions and an exact judge."""

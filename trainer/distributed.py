@@ -1,0 +1,76 @@
+"""Data-parallel processes: who we are, and averaging gradients between us.
+
+Started by ``torchrun``; without it there is one process and every function is a no-op.
+"""
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Our place among the processes of a run."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+
+def init_world() -> World:
+    """Join the processes torchrun started; CPU cores are shared evenly between them."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return World(rank=dist.get_rank(), size=size)
+
+
+def close_world() -> None:
+    """Leave the group, if we joined one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    """Wait for all processes."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def average_gradients(world: World, parameters: Iterable[Tensor]) -> None:
+    """Replace every gradient by its mean over the processes, in one transfer."""
+    if world.size == 1:
+        return
+    grads = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.reshape(-1) for g in grads])
+    dist.all_reduce(flat)
+    flat /= world.size
+    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+def broadcast_parameters(world: World, parameters: Iterable[Tensor]) -> None:
+    """Give every process the main process's values: ranks must start from equal weights."""
+    if world.size > 1:
+        for parameter in parameters:
+            dist.broadcast(parameter.data, src=0)
+
+
+def average_scalar(world: World, value: float) -> float:
+    """Mean of a number over the processes."""
+    if world.size == 1:
+        return value
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return float(tensor) / world.size

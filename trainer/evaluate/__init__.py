@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints: suites of prompts, scorers and reports."""

@@ -1,0 +1,113 @@
+"""From a training run to the checkpoint folder that servers load (diffusers' pipeline layout)."""
+
+import json
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+
+from model.checkpoint import read_json, sha256_file, write_json, write_manifest
+from model.config import NextDiTConfig
+from model.next_dit import NextDiT
+from trainer import checkpoint
+from trainer.config import Recipe
+from trainer.stages.run import FINAL
+
+MODEL_INDEX = {
+    "_class_name": "Lumina2Pipeline",
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Gemma2Model"],
+    "tokenizer": ["transformers", "GemmaTokenizer"],
+    "transformer": ["diffusers", "Lumina2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def export_run(run: Path, out: Path, init: Path | None = None) -> dict[str, Any]:
+    """Write the newest averaged weights of ``run`` as a checkpoint folder.
+
+    The transformer and the autoencoder are stored in bf16; the text encoder stays fp32, because
+    transformers computes in the stored dtype and rounding there would move every picture.
+
+    Args:
+        run: a run folder of ``trainer train``.
+        out: a folder to create; must be absent or empty.
+        init: the checkpoint the run started from, when it trained no autoencoder of its own.
+
+    Returns:
+        What the manifest says about the making.
+
+    Raises:
+        ValueError: naming what is missing.
+    """
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {str(out)!r} is not empty; choose a new folder or empty it")
+    recipe_file = run / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise ValueError(f"{str(run)!r} is no training run: it has no recipe.yaml")
+    recipe = Recipe.model_validate(yaml.safe_load(recipe_file.read_text(encoding="utf-8")))
+    dit, progress = _newest_transformer(recipe, run, init)
+    vae_folder = init / "vae" if init else run / "vae" / FINAL
+    text_folder = init if init else run / "text" / FINAL
+    dit.save_pretrained(out / "transformer", dtype=torch.bfloat16)
+    AutoencoderKL.from_pretrained(vae_folder).to(torch.bfloat16).save_pretrained(out / "vae")
+    for name in ("text_encoder", "tokenizer"):
+        shutil.copytree(text_folder / name, out / name)
+    FlowMatchEulerDiscreteScheduler(shift=recipe.shift).save_pretrained(out / "scheduler")
+    write_json(
+        out / "model_index.json", {**MODEL_INDEX, "_diffusers_version": version("diffusers")}
+    )
+    write_json(out / "generation_config.json", recipe.generation)
+    info = {
+        "recipe": recipe.name,
+        "recipe_sha256": sha256_file(recipe_file),
+        "seed": recipe.seed,
+        "git_revision": (run / "revision.txt").read_text(encoding="utf-8").strip(),
+        "stages": progress,
+        "weights": "exponential moving average",
+        "parameters": sum(p.numel() for p in dit.parameters()),
+    }
+    write_manifest(out, info)
+    return info
+
+
+def _newest_transformer(
+    recipe: Recipe, run: Path, init: Path | None
+) -> tuple[NextDiT, dict[str, int]]:
+    """Averaged weights of the last stage that has any, and the steps of every stage."""
+    progress: dict[str, int] = {}
+    newest: tuple[Path, dict[str, Any]] | None = None
+    for stage in recipe.diffusion:
+        state = checkpoint.load_state(run / stage.name)
+        if state is not None:
+            progress[stage.name] = int(state["step"])
+            newest = run / stage.name, state
+    if newest is None:
+        raise ValueError(f"{str(run)!r} has no diffusion stage with a saved state yet")
+    parts = init if init else run / "vae" / FINAL
+    vae_config = read_json((parts / "vae" if init else parts) / "config.json")
+    text_root = init if init else run / "text" / FINAL
+    text_config = read_json(text_root / "text_encoder" / "config.json")
+    config = NextDiTConfig.from_dict(
+        {
+            **recipe.transformer,
+            "in_channels": vae_config["latent_channels"],
+            "cap_feat_dim": text_config["hidden_size"],
+            "sample_size": recipe.default_width // 8,
+        }
+    )
+    dit = NextDiT(config)
+    dit.load_state_dict(newest[1]["ema"]["average"])
+    return dit, progress
+
+
+def write_model_card(folder: Path, text: str, scores: dict[str, Any]) -> None:
+    """Put the card and the scores into a checkpoint and renew its manifest."""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest.pop("files")
+    write_manifest(folder, {**manifest, "scores": scores})

@@ -1,0 +1,1 @@
+"""The kinds of training stage: autoencoder, text encoder, diffusion."""

@@ -1,0 +1,95 @@
+"""A diffusion stage: flow matching of the Next-DiT on cached latents and frozen text features."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model import flow
+from model.config import NextDiTConfig
+from model.next_dit import NextDiT
+from model.vae import VAE
+from trainer.config import DiffusionConfig, Recipe
+from trainer.data.captions import CaptionEncoder, CaptionSampler
+from trainer.data.latents import LatentPool
+from trainer.distributed import World
+from trainer.loss import sample_timesteps, velocity_loss
+
+class DiffusionStage:
+    """Trains the transformer on packed ragged batches through the same forward as serving."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        index: int,
+        vae: VAE,
+        captions: CaptionEncoder,
+        cache: Path,
+        world: World,
+    ) -> None:
+        self._config = recipe.diffusion[index]
+        self.name = self._config.name
+        self.optimizer = self._config.optimizer
+        self.total_steps = self._config.steps
+        self._seed, self._world, self._captions = (recipe.seed, index), world, captions
+        torch.manual_seed(recipe.seed)
+        self.config = transformer_config(recipe, vae, captions)
+        self.module = NextDiT(self.config)
+        self._write = CaptionSampler(
+            self._config.levels, self._config.templates, self._config.caption_dropout
+        )
+        weights = np.array([size.weight for size in self._config.sizes])
+        self._shares = weights / weights.sum()
+        self._pools = []
+        for place, (size, share) in enumerate(zip(self._config.sizes, self._shares, strict=True)):
+            num = max(1, int(self._config.scenes * share) // world.size)
+            # Every rank and size has scenes of its own.
+            first = (place * world.size + world.rank) * 10_000_000
+            self._pools.append(LatentPool(cache, vae, size, num, recipe.seed, first))
+        self.images_per_step = world.size * self._batch_size(int(np.argmax(weights)))
+
+    def _batch_size(self, place: int) -> int:
+        size = self._config.sizes[place]
+        tokens = (size.width // 16) * (size.height // 16)
+        return max(1, self._config.batch_tokens // tokens)
+
+    def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
+        """Velocity error averaged over samples, and by thirds of the timestep."""
+        # All ranks draw the same size, so that none waits for another.
+        shared = np.random.default_rng((*self._seed, step))
+        place = int(shared.choice(len(self._pools), p=self._shares))
+        rng = np.random.default_rng((*self._seed, step, self._world.rank))
+        clean, scenes = self._pools[place].draw(rng, self._batch_size(place))
+        prompts = self._captions.encode([self._write(scene, rng) for scene in scenes])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = sample_timesteps(len(clean), self._config.timestep_shift, generator)
+        noisy = flow.interpolate(clean, noise, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            velocity = self.module(list(noisy), timesteps, prompts)
+        losses = velocity_loss(velocity, list(flow.velocity_target(clean, noise)))
+        return losses.mean(), _by_timestep(losses.detach(), timesteps)
+
+
+def transformer_config(recipe: Recipe, vae: VAE, captions: CaptionEncoder) -> NextDiTConfig:
+    """The recipe's shape, with the widths that the other two parts dictate."""
+    return NextDiTConfig.from_dict(
+        {
+            **recipe.transformer,
+            "in_channels": vae.latent_channels,
+            "cap_feat_dim": captions.feature_dim,
+            "sample_size": recipe.default_width // 8,
+        }
+    )
+
+
+def _by_timestep(losses: Tensor, timesteps: Tensor) -> dict[str, float]:
+    """Mean loss of the noisy, middle and clean third; absent where no sample fell."""
+    report = {}
+    for third, name in enumerate(("loss_noisy", "loss_middle", "loss_clean")):
+        chosen = losses[(timesteps * 3).long().clamp_max(2) == third]
+        if len(chosen):
+            report[name] = float(chosen.mean())
+    return report
