@@ -125,9 +125,7 @@ def load_state(folder: Path, stem: str = WEIGHTS_STEM) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 state.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"{_short(path)}: damaged or not safetensors ({error})"
-            ) from None
+            raise CheckpointError(f"{_short(path)}: damaged or not safetensors ({error})") from None
     return state
 
 

@@ -21,16 +21,16 @@ FINAL_NORM_EPS = 1e-6
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with weight; ``scale`` modulates as ``* (1 + scale)``."""
+    """RMSNorm with weight; a call may pass a weight per token in its place."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """``[..., dim]`` to ``[..., dim]``."""
-        return rms_norm(x, self.weight, self.eps, scale)
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """``[..., dim]`` to ``[..., dim]``; ``weight`` is ``[..., dim]`` too."""
+        return rms_norm(x, self.weight if weight is None else weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -105,19 +105,37 @@ class Block(nn.Module):
         if self.modulation is None:
             attended = self.attention(self.attention_norm1(x), layout, cos, sin)
             x = x + self.attention_norm2(attended)
-            return x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            refined: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            return refined
         assert time_embedding is not None
         assert sequence_index is not None
-        scale_attn, gate_attn, scale_ffn, gate_ffn = self.modulation(time_embedding).chunk(4, -1)
-        per_sequence = torch.cat(
-            (scale_attn, gate_attn.tanh(), scale_ffn, gate_ffn.tanh()), dim=-1
+        scaled_1, gated_1, scaled_2, gated_2 = self._modulated_weights(
+            time_embedding, sequence_index
         )
-        scale_attn, gate_attn, scale_ffn, gate_ffn = per_sequence.index_select(
-            0, sequence_index
-        ).chunk(4, -1)
-        attended = self.attention(self.attention_norm1(x, scale_attn), layout, cos, sin)
-        x = x + gate_attn * self.attention_norm2(attended)
-        return x + gate_ffn * self.ffn_norm2(self.feed_forward(self.ffn_norm1(x, scale_ffn)))
+        attended = self.attention(self.attention_norm1(x, scaled_1), layout, cos, sin)
+        x = x + self.attention_norm2(attended, gated_1)
+        out: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x, scaled_2)), gated_2)
+        return out
+
+    def _modulated_weights(
+        self, time_embedding: Tensor, sequence_index: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Norm weights of every token, ``[T, d]`` each, with scales and gates folded in.
+
+        ``RMS(x) w (1 + s)`` and ``tanh(g) (RMS(x) w)`` are one multiplication per token this way.
+        """
+        assert self.modulation is not None
+        scale_1, gate_1, scale_2, gate_2 = self.modulation(time_embedding).chunk(4, dim=-1)
+        weights = torch.cat(
+            (
+                self.attention_norm1.weight * (1 + scale_1),
+                self.attention_norm2.weight * gate_1.tanh(),
+                self.ffn_norm1.weight * (1 + scale_2),
+                self.ffn_norm2.weight * gate_2.tanh(),
+            ),
+            dim=-1,
+        )
+        return weights.index_select(0, sequence_index).chunk(4, dim=-1)
 
 
 class TimestepEmbedder(nn.Module):

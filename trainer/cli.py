@@ -112,9 +112,15 @@ def evaluate(
     """Draw the suite's held-out prompts, judge every picture, print the table."""
     if suite != "demo":
         raise ValueError(f"--suite {suite!r} is unknown; 'demo' is the only one")
-    from trainer.evaluate.demo import evaluate_checkpoint
+    from model.checkpoint import read_json
+    from trainer.evaluate.demo import run_demo_suite
 
-    evaluate_checkpoint(checkpoint, size=size, limit=limit, out=out, seed=seed, preset=preset)
+    if size is None:
+        config = read_json(checkpoint / "transformer" / "config.json")
+        defaults = read_json(checkpoint / "generation_config.json").get("defaults", {})
+        size = int(defaults.get("width", config.get("sample_size", 8) * 8))
+    settings = {"preset": preset} if preset else None
+    run_demo_suite(checkpoint, size=size, limit=limit, out_dir=out, seed=seed, settings=settings)
 
 
 def main() -> None:

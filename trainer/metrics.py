@@ -36,7 +36,7 @@ class Metrics:
         self._jsonl = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         from torch.utils.tensorboard import SummaryWriter  # slow to import: only where it writes
 
-        self._board = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(str(folder / "tensorboard"))
         if sys.stderr.isatty():
             self._bar = Progress(
                 TextColumn("{task.description}"),
@@ -64,7 +64,7 @@ class Metrics:
         if self._bar is not None:
             self._bar.stop()
         self._jsonl.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
     def log(self, step: int, values: Mapping[str, float], images_per_step: int) -> None:
         """Record the metrics after ``step`` (counted from 1)."""
@@ -77,7 +77,7 @@ class Metrics:
         self._jsonl.write(json.dumps(row) + "\n")
         self._jsonl.flush()
         for key, value in values.items():
-            self._board.add_scalar(f"{self._stage}/{key}", value, step)  # type: ignore[no-untyped-call]
+            self._board.add_scalar(f"{self._stage}/{key}", value, step)
         note = "  ".join(f"{key} {value:.4g}" for key, value in values.items())
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=f"{note}  {rate:.0f} img/s")

@@ -1,6 +1,6 @@
 """Optimisers and the learning-rate schedule."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -12,8 +12,8 @@ OptimizerName = Literal["adamw", "muon"]
 class MatrixMuon(torch.optim.Muon):
     """torch's Muon for weights of two or more axes; a convolution is a matrix [out, in * area]."""
 
-    def __init__(self, weights: list[Tensor], lr: float) -> None:
-        self._weights = weights
+    def __init__(self, weights: Sequence[Tensor], lr: float) -> None:
+        self._weights = tuple(weights)
         # Views of the same memory: what the optimiser writes, the module sees.
         views = [nn.Parameter(weight.detach().flatten(1)) for weight in weights]
         super().__init__(views, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")

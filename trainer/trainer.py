@@ -33,10 +33,14 @@ class Stage(Protocol):
     """What the loop needs to know of a stage."""
 
     name: str
-    module: nn.Module
     total_steps: int
     images_per_step: int
     optimizer: OptimizerConfig
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
         """Loss of a step and what to report of it."""
@@ -54,15 +58,11 @@ def train_stage(stage: Stage, folder: Path, world: World, *, save_every_s: float
     first = _resume(stage, folder, optimizers, ema)
     parameters = [p for p in stage.module.parameters() if p.requires_grad]
     saved_at = time.monotonic()
-    with Metrics(
-        folder, stage.name, stage.total_steps, first, enabled=world.is_main
-    ) as metrics:
+    with Metrics(folder, stage.name, stage.total_steps, first, enabled=world.is_main) as metrics:
         for step in range(first, stage.total_steps):
-            set_lr(
-                optimizers, lr_factor(step, stage.total_steps, config.warmup, config.cooldown)
-            )
+            set_lr(optimizers, lr_factor(step, stage.total_steps, config.warmup, config.cooldown))
             loss, report = stage.loss(step)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             average_gradients(world, parameters)
             norm = nn.utils.clip_grad_norm_(parameters, config.clip)
             for optimizer in optimizers:
@@ -94,9 +94,7 @@ def _save(
     checkpoint.save_state(folder, state)
 
 
-def _resume(
-    stage: Stage, folder: Path, optimizers: list[torch.optim.Optimizer], ema: Ema
-) -> int:
+def _resume(stage: Stage, folder: Path, optimizers: list[torch.optim.Optimizer], ema: Ema) -> int:
     """Restore the newest checkpoint; the number of steps it has done, 0 without one."""
     state = checkpoint.load_state(folder)
     if state is None:

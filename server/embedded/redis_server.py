@@ -22,7 +22,7 @@ from server.errors import ServiceError
 
 MIN_VERSION = (6, 2, 0)
 START_S = 60.0  # a large append-only file takes its time
-STOP_S = 5.0
+STOP_S = 2.0
 
 _VERSION = re.compile(r"v=(\d+)\.(\d+)\.(\d+)")
 

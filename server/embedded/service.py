@@ -26,9 +26,10 @@ from server.log import configure_logging
 log = structlog.get_logger(__name__)
 
 POLL_S = 0.1
-READY_POLL_S = 0.2
-WORKER_GRACE_S = 8.0  # beyond the drain
-API_GRACE_S = 6.0
+READY_POLL_S = 0.5
+# Together with Redis's own, at most ten seconds beyond the drain.
+WORKER_GRACE_S = 4.0
+API_GRACE_S = 4.0
 MISUSE = 2  # exit code of a child that must not be restarted
 
 

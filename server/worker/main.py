@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import structlog
 
@@ -150,13 +151,14 @@ def run_worker(
 ) -> int:
     """Serve jobs of `pool` with the checkpoint in `model_dir` until SIGTERM or SIGINT.
 
-    Returns the exit code: 0 after an orderly end, 2 (and one line on stderr) when the checkpoint
-    cannot be served. Must be called from the main thread.
+    Ends the process with exit code 0 after an orderly stop; returns 2 (and prints one line on
+    stderr) when the checkpoint cannot be served. Must be called from the main thread.
     """
     worker_id = worker_id or f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
     configure_logging(settings.log_level, worker=worker_id, pool=pool)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _leave_at_once)
+        # While loading there is nothing to hand back.
+        signal.signal(number, lambda *_: _leave_at_once())
     started = time.monotonic()
     try:
         model = load(model_dir)
@@ -179,7 +181,7 @@ def run_worker(
     _stop_on_signals(worker)
     intake.start(info)
     worker.run(settings.drain_s)
-    return 0
+    _leave_at_once()
 
 
 def _stop_on_signals(worker: Worker) -> None:
@@ -193,8 +195,10 @@ def _stop_on_signals(worker: Worker) -> None:
         signal.signal(number, stop)
 
 
-def _leave_at_once(_: int, __: FrameType | None) -> None:
-    """End during loading: there is nothing to hand back yet."""
+def _leave_at_once() -> NoReturn:
+    """End the process without the interpreter's teardown, which with torch can take seconds."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from server.api.app import create_app
 from server.api.problems import TITLES, TYPE_PREFIX
@@ -242,7 +243,9 @@ def test_an_unexpected_error_tells_nothing_but_its_id(redis_url: str, tmp_path: 
             async def broken() -> None:
                 raise KeyError("a secret")
 
-            answer = await it.client.get("/broken", headers={"x-request-id": "mine-1"})
+            with capture_logs() as logs:
+                answer = await it.client.get("/broken", headers={"x-request-id": "mine-1"})
+            assert [line["log_level"] for line in logs] == ["error", "info"]
             problem = assert_problem(answer, 500, "internal")
             assert problem["request_id"] == "mine-1"
             assert "secret" not in answer.text

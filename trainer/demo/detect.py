@@ -92,7 +92,8 @@ def _segment_distance(pixels: Floats, segment: Floats) -> Floats:
     if length > 0.0:
         share = np.clip((offset @ direction) / length, 0.0, 1.0)
         offset = offset - share[..., None] * direction
-    distance: Floats = np.sqrt(np.einsum("...c,...c->...", offset, offset))
+    red, green, blue = offset[..., 0], offset[..., 1], offset[..., 2]
+    distance: Floats = np.sqrt(red * red + green * green + blue * blue)
     return distance
 
 

@@ -11,11 +11,14 @@ from model import flow
 from model.config import NextDiTConfig
 from model.next_dit import NextDiT
 from model.vae import VAE
-from trainer.config import DiffusionConfig, Recipe
+from trainer.config import Recipe
 from trainer.data.captions import CaptionEncoder, CaptionSampler
 from trainer.data.latents import LatentPool
 from trainer.distributed import World
 from trainer.loss import sample_timesteps, velocity_loss
+
+SCENES_APART = 10_000_000  # more than any stage draws
+
 
 class DiffusionStage:
     """Trains the transformer on packed ragged batches through the same forward as serving."""
@@ -45,8 +48,8 @@ class DiffusionStage:
         self._pools = []
         for place, (size, share) in enumerate(zip(self._config.sizes, self._shares, strict=True)):
             num = max(1, int(self._config.scenes * share) // world.size)
-            # Every rank and size has scenes of its own.
-            first = (place * world.size + world.rank) * 10_000_000
+            # Every stage, size and rank has scenes of its own.
+            first = ((index * 100 + place) * world.size + world.rank) * SCENES_APART
             self._pools.append(LatentPool(cache, vae, size, num, recipe.seed, first))
         self.images_per_step = world.size * self._batch_size(int(np.argmax(weights)))
 

@@ -66,7 +66,7 @@ def _train_parts(recipe: Recipe, out: Path, world: World) -> None:
         folder = out / name
         if (folder / FINAL).is_dir():
             continue
-        stage = (
+        stage: VaeStage | TextStage = (
             VaeStage(recipe.vae, recipe.seed, world)
             if name == "vae"
             else TextStage(recipe.text, recipe.seed, world)

@@ -1,0 +1,192 @@
+"""`lumina serve` as a user runs it: processes, signals, what is left behind."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from server.config import Settings
+from server.embedded.service import _locked, num_gpus, run_service
+from server.errors import ServiceError
+from tests.fakes import wait_until
+from tests.server.embedded.test_children import gone
+from tests.tiny_checkpoint import make_tiny_checkpoint
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_tiny_checkpoint(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Service:
+    """A `lumina serve` process."""
+
+    def __init__(self, model, data_dir, **settings):
+        self.port = free_port()
+        self.lines = []
+        argv = ["serve", "--model", model, "--data-dir", data_dir, "--port", self.port]
+        variables = {f"LUMINA_{name.upper()}": str(value) for name, value in settings.items()}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", *map(str, argv)],
+            cwd=ROOT,
+            env=os.environ | variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.errors = []
+        for pipe, lines in ((self.process.stdout, self.lines), (self.process.stderr, self.errors)):
+            threading.Thread(target=self._collect, args=(pipe, lines), daemon=True).start()
+
+    @staticmethod
+    def _collect(pipe, lines):
+        with pipe:
+            for line in pipe:
+                lines.append(line.rstrip("\n"))
+
+    def wait_ready(self):
+        wait_until(lambda: self.lines or self.process.poll() is not None, 100, "the ready line")
+        assert self.lines, self.errors
+
+    def children(self):
+        """Process ids and command lines of the direct children."""
+        listing = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        commands = {}
+        for pid in listing.split():
+            raw = Path(f"/proc/{pid}/cmdline").read_bytes()
+            commands[int(pid)] = raw.replace(b"\0", b" ").decode()
+        return commands
+
+    def workers(self):
+        return [pid for pid, command in self.children().items() if "worker" in command]
+
+    def call(self, method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            if body is not None:
+                headers = {"content-type": "application/json", **headers}
+            connection.request(method, path, body and json.dumps(body), headers)
+            return json.loads(connection.getresponse().read())
+        finally:
+            connection.close()
+
+    def end(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(20)
+
+
+@pytest.fixture
+def serve(checkpoint, tmp_path):
+    """Start services; they are gone after the test."""
+    started = []
+
+    def start(model=checkpoint, **settings):
+        service = Service(model, tmp_path / "data", **settings)
+        started.append(service)
+        return service
+
+    yield start
+    for service in started:
+        service.end()
+
+
+@pytest.mark.slow
+def test_a_killed_worker_costs_no_job_and_sigterm_leaves_no_process(serve):
+    service = serve(lease_s=2)
+    service.wait_ready()
+    assert service.lines == [
+        f"lumina-serve ready on http://127.0.0.1:{service.port} (1 worker, model tiny)"
+    ]
+    body = {"prompt": "a red circle", "num_inference_steps": 60}
+    job = service.call("POST", "/generate", body, Prefer="respond-async")["id"]
+    wait_until(lambda: service.call("GET", f"/jobs/{job}")["step"] > 2, what="the job to run")
+    (worker,) = service.workers()
+    os.kill(worker, signal.SIGKILL)
+    record = wait_until(
+        lambda: (
+            (r := service.call("GET", f"/jobs/{job}"))["status"] != "queued"
+            and r["status"] != "running"
+            and r
+        ),
+        80,
+        "the job's end",
+    )
+    assert (record["status"], record["attempt"]) == ("succeeded", 2)
+    assert service.workers() != [worker]
+
+    second = serve()
+    assert second.process.wait(30) == 1
+    assert "in use by another lumina serve" in second.errors[-1]
+
+    children = service.children()
+    assert len(children) == 3
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(15) == 0
+    assert all(gone(pid) for pid in children)
+
+
+@pytest.mark.slow
+def test_a_killed_parent_takes_its_children_and_a_restart_finds_the_job(serve):
+    service = serve(lease_s=2)
+    service.wait_ready()
+    body = {"prompt": "a red circle", "num_inference_steps": 100}
+    job = service.call("POST", "/generate", body, Prefer="respond-async")["id"]
+    wait_until(lambda: service.call("GET", f"/jobs/{job}")["step"] > 2, what="the job to run")
+    children = service.children()
+    service.process.kill()
+    wait_until(lambda: all(gone(pid) for pid in children), 5, "the children's end")
+    again = serve(lease_s=2)
+    again.wait_ready()
+    wait_until(lambda: again.call("GET", f"/jobs/{job}")["status"] == "succeeded", 30, "the job")
+    again.process.send_signal(signal.SIGINT)
+    assert again.process.wait(15) == 0
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_ends_the_service_in_one_line(serve, tmp_path, checkpoint):
+    broken = tmp_path / "broken"
+    make_tiny_checkpoint(broken)
+    (broken / "vae" / "config.json").write_text("{")
+    service = serve(broken)
+    assert service.process.wait(100) == 2
+    assert service.lines == []
+    told = [line for line in service.errors if line.startswith("lumina")]
+    assert len(told) == 1
+    assert "vae/config.json" in told[0]
+    assert not any("Traceback" in line for line in service.errors)
+
+
+def test_a_taken_port_is_one_clear_error(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ServiceError, match=f"cannot listen on 127.0.0.1 port {port}"):
+            run_service(Settings(data_dir=tmp_path), tmp_path, port=port)
+
+
+def test_a_data_directory_has_one_owner(tmp_path):
+    with _locked(tmp_path), pytest.raises(ServiceError, match="in use"), _locked(tmp_path):
+        pass
+    with _locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(("visible", "count"), [("0,1", 2), ("", 0), ("-1", 0), ("3", 1)])
+def test_visible_gpus_are_counted_without_torch(monkeypatch, visible, count):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert num_gpus() == count
