@@ -83,6 +83,8 @@ class NextDiT(nn.Module):
         Returns:
             tensors ``[L_i, d]``.
         """
+        if len(prompt_embeds) == 0:
+            raise ValueError("a batch needs at least one caption; prompt_embeds is empty")
         for features in prompt_embeds:
             if features.ndim != 2 or features.shape[1] != self.config.cap_feat_dim:
                 raise ValueError(
@@ -171,12 +173,21 @@ class NextDiT(nn.Module):
                 f"a batch needs equally many latents, timesteps and captions, at least one; got "
                 f"{len(latents)}, {timesteps.numel()} and {len(contexts)}"
             )
+        if timesteps.ndim != 1:
+            raise ValueError(f"timesteps of shape {list(timesteps.shape)} must be [{len(latents)}]")
+        for context in contexts:
+            if context.ndim != 2 or context.shape[1] != self.config.hidden_size:
+                raise ValueError(
+                    f"contexts of shape {list(context.shape)} must be "
+                    f"[tokens, {self.config.hidden_size}]"
+                )
         p, channels = self.config.patch_size, self.config.in_channels
         for x in latents:
-            if x.ndim != 3 or x.shape[0] != channels or x.shape[1] % p or x.shape[2] % p:
+            patches = x.ndim == 3 and not (x.shape[1] % p or x.shape[2] % p) and x.numel() > 0
+            if not patches or x.shape[0] != channels:
                 raise ValueError(
                     f"latents of shape {list(x.shape)} must be [{channels}, H, W] with H and W "
-                    f"multiples of {p}"
+                    f"positive multiples of {p}"
                 )
 
     def _image_rotary(

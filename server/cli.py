@@ -112,7 +112,7 @@ def api(
     port: Port = 8000,
     insecure: Insecure = False,
     needs_worker: Annotated[
-        bool, typer.Option("--needs-worker", help="Be ready only with a live worker.")
+        bool, typer.Option("--needs-model", help="Be ready only once a model is loaded.")
     ] = False,
 ) -> int:
     """Run the HTTP API alone."""

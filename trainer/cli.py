@@ -98,29 +98,46 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
     suite: Annotated[str, typer.Option("--suite", help="'demo' is the only one.")] = "demo",
     size: Annotated[
-        int | None, typer.Option("--size", help="Side in pixels [the checkpoint's own].")
+        list[int] | None,
+        typer.Option("--size", help="Side in pixels, repeatable [the checkpoint's own]."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="At most this many prompts per task.")
+        int | None, typer.Option("--limit", min=1, help="At most this many prompts in all.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for scores.json and grid.png.")
+        Path | None, typer.Option("--out", help="Folder for demo.json and demo.png.")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the first picture.")] = 0,
     preset: Annotated[str | None, typer.Option("--preset", help="Generation preset.")] = None,
+    card: Annotated[
+        bool, typer.Option("--card", help="Write the scores into the checkpoint's model card.")
+    ] = False,
 ) -> None:
     """Draw the suite's held-out prompts, judge every picture, print the table."""
     if suite != "demo":
         raise ValueError(f"--suite {suite!r} is unknown; 'demo' is the only one")
     from model.checkpoint import read_json
+    from trainer.evaluate.card import write_card
     from trainer.evaluate.demo import run_demo_suite
 
-    if size is None:
+    if not size:
         config = read_json(checkpoint / "transformer" / "config.json")
         defaults = read_json(checkpoint / "generation_config.json").get("defaults", {})
-        size = int(defaults.get("width", config.get("sample_size", 8) * 8))
+        size = [int(defaults.get("width", config.get("sample_size", 8) * 8))]
     settings = {"preset": preset} if preset else None
-    run_demo_suite(checkpoint, size=size, limit=limit, out_dir=out, seed=seed, settings=settings)
+    reports = [
+        run_demo_suite(
+            checkpoint,
+            size=side,
+            limit=limit,
+            out_dir=out / str(side) if out else None,
+            seed=seed,
+            settings=settings,
+        )
+        for side in size
+    ]
+    if card:
+        write_card(checkpoint, reports)
 
 
 def main() -> None:

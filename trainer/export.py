@@ -1,6 +1,5 @@
 """From a training run to the checkpoint folder that servers load (diffusers' pipeline layout)."""
 
-import json
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -103,11 +102,3 @@ def _newest_transformer(
     dit = NextDiT(config)
     dit.load_state_dict(newest[1]["ema"]["average"])
     return dit, progress
-
-
-def write_model_card(folder: Path, text: str, scores: dict[str, Any]) -> None:
-    """Put the card and the scores into a checkpoint and renew its manifest."""
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    manifest.pop("files")
-    write_manifest(folder, {**manifest, "scores": scores})

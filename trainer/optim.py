@@ -24,7 +24,7 @@ class MatrixMuon(torch.optim.Muon):
         assert closure is None
         for view, weight in zip(self._views, self._weights, strict=True):
             view.grad = None if weight.grad is None else weight.grad.flatten(1)
-        super().step()
+        super().step()  # type: ignore[no-untyped-call]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients of the weights and of their views."""

@@ -182,8 +182,9 @@ class _Service:
         finally:
             connection.close()
 
+    # Only the command lines of workers contain the word: users count them by it.
     def _spawn_api(self) -> "subprocess.Popen[bytes]":
-        argv = ["api", "--host", self._host, "--port", str(self._port), "--needs-worker"]
+        argv = ["api", "--host", self._host, "--port", str(self._port), "--needs-model"]
         if self._insecure:
             argv.append("--insecure")
         return spawn([sys.executable, "-m", "server.cli", *argv], self._env)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 import structlog
 
@@ -151,8 +150,8 @@ def run_worker(
 ) -> int:
     """Serve jobs of `pool` with the checkpoint in `model_dir` until SIGTERM or SIGINT.
 
-    Ends the process with exit code 0 after an orderly stop; returns 2 (and prints one line on
-    stderr) when the checkpoint cannot be served. Must be called from the main thread.
+    Returns the exit code 2 (and prints one line on stderr) when the checkpoint cannot be served;
+    an orderly stop ends the process with 0. Must be called from the main thread.
     """
     worker_id = worker_id or f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
     configure_logging(settings.log_level, worker=worker_id, pool=pool)
@@ -182,6 +181,7 @@ def run_worker(
     intake.start(info)
     worker.run(settings.drain_s)
     _leave_at_once()
+    return 0
 
 
 def _stop_on_signals(worker: Worker) -> None:
@@ -195,7 +195,7 @@ def _stop_on_signals(worker: Worker) -> None:
         signal.signal(number, stop)
 
 
-def _leave_at_once() -> NoReturn:
+def _leave_at_once() -> None:
     """End the process without the interpreter's teardown, which with torch can take seconds."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -35,7 +35,7 @@ def test_no_server_is_one_clear_line(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
     monkeypatch.setattr(redis_server.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ServiceError, match="no redis-server 6.2 or newer"):
+    with pytest.raises(ServiceError, match=r"no redis-server 6\.2 or newer"):
         find_redis_server()
 
 
@@ -61,5 +61,5 @@ def test_data_survive_a_kill_and_a_restart(tmp_path):
 def test_a_server_that_cannot_start_says_where_to_look(tmp_path):
     server = EmbeddedRedis(tmp_path)
     (tmp_path / "redis" / "appendonly.aof").write_bytes(b"*9\r\nnonsense that no server wrote\r\n")
-    with pytest.raises(ServiceError, match="redis.log"):
+    with pytest.raises(ServiceError, match=r"redis\.log"):
         server.start()

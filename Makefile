@@ -1,0 +1,63 @@
+# Every target makes its own environment: Python 3.11 or 3.12 and make are all a machine needs.
+# LUMINA_TORCH_INDEX names the package index torch comes from (default: pip's own).
+
+PYTHONS ?= python3 python3.12 python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve check test test-slow fmt bench lint
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+install: $(STAMP) ## create .venv with the project, every extra and the development tools
+
+# A candidate counts when it runs: shims of version managers exist without their interpreter.
+# PIP_CONSTRAINT, unlike -c, also pins what the build of our own package needs.
+$(STAMP): pyproject.toml constraints.txt
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  for python in $(PYTHONS); do \
+	    $$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' \
+	      >/dev/null 2>&1 && break || python=; \
+	  done; \
+	  if [ -z "$$python" ]; then \
+	    echo "make: no Python 3.11 or 3.12 with its venv module was found (tried $(PYTHONS))" >&2; \
+	    exit 1; \
+	  fi; \
+	  echo "creating .venv with $$python"; \
+	  $$python -m venv --clear .venv; \
+	}
+	@if [ -n "$$LUMINA_TORCH_INDEX" ]; then \
+	  $(BIN)/python -m pip install --disable-pip-version-check --no-deps \
+	    --index-url "$$LUMINA_TORCH_INDEX" "$$(sed -n '/^torch==/p' constraints.txt)"; \
+	fi
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check \
+	  -e '.[api,worker,train,gpu,dev]'
+	@touch $@
+
+serve: $(STAMP) ## run Redis, a worker and the API with the bundled checkpoint (ARGS="--port 8080")
+	@$(BIN)/lumina serve $(ARGS)
+
+lint: $(STAMP) ## style, types and layer contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint ## lint and the fast tests: the inner loop
+	$(BIN)/pytest -q -m "not slow and not very_slow and not gpu" $(ARGS)
+
+test: lint ## lint and all tests but the very slow
+	$(BIN)/pytest -m "not very_slow" $(ARGS)
+
+test-slow: $(STAMP) ## the very slow tests
+	$(BIN)/pytest -m very_slow $(ARGS)
+
+fmt: $(STAMP) ## format, and fix what ruff can fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## one packed forward against diffusers' calls, on this machine
+	$(BIN)/python -m benchmarks.bench_packed $(ARGS)
