@@ -64,12 +64,15 @@ def diffusers_keys(key: str) -> tuple[str, ...]:
     return (key,)
 
 
-def _piece_rows(key: str, rows: int, config: NextDiTConfig) -> list[int]:
-    """Rows of each diffusers piece of our weight ``key`` with ``rows`` rows."""
+def _piece_shapes(key: str, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Shapes of the diffusers pieces of our weight ``key`` of this shape."""
+    rows, *others = shape
     if "attention.qkv" in key:
-        kv_dim = config.num_kv_heads * config.head_dim
-        return [config.hidden_size, kv_dim, kv_dim]
-    return [rows // 2] * 2 if "gate_up" in key else [rows]
+        query = others[0]  # queries are as wide as the model
+        pieces = [query, (rows - query) // 2, (rows - query) // 2]
+    else:
+        pieces = [rows // 2] * 2 if "gate_up" in key else [rows]
+    return [(piece, *others) for piece in pieces]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -151,16 +154,15 @@ def load_transformer(
     weights: dict[str, Tensor] = {}
     for key, shape in expected.items():
         pieces = []
-        for piece in diffusers_keys(key):
+        for piece, wanted in zip(diffusers_keys(key), _piece_shapes(key, shape), strict=True):
             if piece not in state:
                 raise CheckpointError(f"{name}: the weight {piece!r} is missing")
             pieces.append(state.pop(piece))
-        if any(p.shape[1:] != shape[1:] for p in pieces) or sum(map(len, pieces)) != shape[0]:
-            found = " + ".join(str(list(p.shape)) for p in pieces)
-            raise CheckpointError(
-                f"{name}: {diffusers_keys(key)[0]!r} has shape {found}, config.json asks for "
-                f"{list(shape)}"
-            )
+            if pieces[-1].shape != wanted:
+                raise CheckpointError(
+                    f"{name}: {piece!r} has shape {list(pieces[-1].shape)}, config.json asks for "
+                    f"{list(wanted)}"
+                )
         # Memory of our own, aligned alike wherever in the file a tensor lay: a memory-mapped
         # weight may round differently, and would follow the file if it were replaced.
         joined = pieces[0].clone() if len(pieces) == 1 else torch.cat(pieces)
@@ -181,7 +183,7 @@ def save_transformer(
     folder.mkdir(parents=True, exist_ok=True)
     out: dict[str, Tensor] = {}
     for key, value in state.items():
-        rows = _piece_rows(key, value.shape[0], config)
+        rows = [shape[0] for shape in _piece_shapes(key, tuple(value.shape))]
         for name, piece in zip(diffusers_keys(key), value.split(rows), strict=True):
             out[name] = piece.detach().to("cpu", dtype or piece.dtype).contiguous().clone()
     save_file(out, folder / f"{WEIGHTS_STEM}.safetensors", metadata={"format": "pt"})

@@ -67,7 +67,9 @@ class NextDiTConfig:
             elif field.name in ("axes_dim_rope", "axes_lens"):
                 if len(value) != 3 or not all(isinstance(v, int) and v > 0 for v in value):
                     raise ValueError(f"{field.name} {value!r} must be three positive integers")
-            elif field.name in ("norm_eps", "ffn_dim_multiplier") and value is not None:
+            elif field.name == "ffn_dim_multiplier" and value is None:
+                continue
+            elif field.name in ("norm_eps", "ffn_dim_multiplier"):
                 number = isinstance(value, int | float) and math.isfinite(value) and value > 0
                 if not number:
                     raise ValueError(f"{field.name} {value!r} must be a positive number")

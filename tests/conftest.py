@@ -1,5 +1,7 @@
 """Fixtures for every test: a real redis-server. Imports are lazy: model tests need no Redis."""
 
+import logging
+
 import pytest
 
 
@@ -22,3 +24,16 @@ def redis_url(redis_server):
     with Redis.from_url(redis_server.url) as client:
         client.flushall()
     return redis_server.url
+
+
+@pytest.fixture
+def kept_logging():
+    """For tests that call what a process calls first: logging is as before afterwards."""
+    import structlog
+
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    structlog.reset_defaults()

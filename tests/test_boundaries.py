@@ -19,7 +19,10 @@ TORCH_FREE = ("server.api", "server.queue", "server.scheduler", "server.protocol
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 COMMON_FUNCTION_LINES = 35  # nine functions of ten
-FOREIGN_VERSIONS = ("0.18.2", "0.19")  # transformers takes a `kernels` of [first, second) as its own
+FOREIGN_VERSIONS = (
+    "0.18.2",
+    "0.19",
+)  # transformers takes a `kernels` of [first, second) as its own
 
 # Imports every module below the given ones and prints which of the forbidden came along.
 _IMPORT_ALL = """
@@ -106,8 +109,9 @@ def test_no_torch_comes_along(package):
     assert run_python("-c", _IMPORT_ALL, package) == ""
 
 
+@pytest.mark.slow
 def test_the_torch_check_can_fail():
-    assert "torch" in run_python("-c", _IMPORT_ALL, "model.flow", "model.packing").split()
+    assert run_python("-c", _IMPORT_ALL, "kernels.silu_mul") == "kernels torch"
 
 
 def test_the_api_works_where_there_is_no_torch():
@@ -126,7 +130,9 @@ def test_transformers_loads_beside_our_kernels():
 
 
 def test_our_kernels_package_is_light():
-    program = "import sys; before = set(sys.modules); import kernels; print(set(sys.modules)-before)"
+    program = (
+        "import sys; before = set(sys.modules); import kernels; print(set(sys.modules)-before)"
+    )
     assert run_python("-c", program) == "{'kernels'}"
 
 
@@ -143,12 +149,15 @@ def test_the_constraints_ban_the_other_kernels():
     assert not any(banned.specifier.contains(v) for v in ("0.0.1", *FOREIGN_VERSIONS, "1", "2026"))
 
 
-@pytest.mark.parametrize("path", sources(*PACKAGES, "benchmarks"), ids=str)
-def test_files_and_functions_stay_small(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    long = {name: n for name, n in function_lines(text) if n > MAX_FUNCTION_LINES}
-    assert not long
+def test_files_and_functions_stay_small():
+    large = []
+    for path in sources(*PACKAGES, "benchmarks"):
+        text = path.read_text()
+        units = [("the file", len(text.splitlines()), MAX_FILE_LINES)]
+        units += [(name, n, MAX_FUNCTION_LINES) for name, n in function_lines(text)]
+        where = path.relative_to(ROOT)
+        large += [f"{where}: {name} has {n} lines" for name, n, most in units if n > most]
+    assert not large
 
 
 def test_nine_functions_of_ten_fit_half_a_screen():

@@ -1,5 +1,7 @@
 """Entry for ``torchrun -m trainer``."""
 
+import sys
+
 from trainer.cli import main
 
-main()
+sys.exit(main())

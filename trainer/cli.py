@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.exceptions import Abort, TyperException
 
 app = typer.Typer(
     help="Make the checkpoints that lumina-serve serves.",
@@ -14,6 +15,11 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+
+
+class MisuseError(ValueError):
+    """Options that cannot be: the command ends with exit code 2."""
+
 
 Out = Annotated[Path, typer.Option("--out", help="Folder to write.")]
 
@@ -28,7 +34,7 @@ def data_build(
 ) -> None:
     """Render scenes to PNG files and write their captions to records.jsonl."""
     if name != "demo":
-        raise ValueError(f"data set {name!r} is unknown; 'demo' is the only one")
+        raise MisuseError(f"data set {name!r} is unknown; 'demo' is the only one")
     from trainer.demo.dataset import build
 
     build(out, num, seed, sizes=((size, size),))
@@ -61,13 +67,16 @@ def train(
     from trainer.stages.smoke import shrink
 
     if resume not in ("auto", "never"):
-        raise ValueError(f"--resume {resume!r} is not allowed; choose auto or never")
-    loaded = load_recipe(recipe, settings)
+        raise MisuseError(f"--resume {resume!r} is not allowed; choose auto or never")
+    try:
+        loaded = load_recipe(recipe, settings)
+    except ValueError as error:
+        raise MisuseError(str(error)) from None
     if smoke:
         loaded = shrink(loaded)
     folder = out or Path("runs") / loaded.name
     if resume == "never" and (folder / "recipe.yaml").is_file():
-        raise ValueError(f"--out {str(folder)!r} already holds a run")
+        raise MisuseError(f"--out {str(folder)!r} already holds a run")
     world = init_world()
     try:
         run_recipe(loaded, folder, world, init)
@@ -115,14 +124,15 @@ def evaluate(
 ) -> None:
     """Draw the suite's held-out prompts, judge every picture, print the table."""
     if suite != "demo":
-        raise ValueError(f"--suite {suite!r} is unknown; 'demo' is the only one")
+        raise MisuseError(f"--suite {suite!r} is unknown; 'demo' is the only one")
     from model.checkpoint import read_json
     from trainer.evaluate.card import write_card
     from trainer.evaluate.demo import run_demo_suite
 
     if not size:
         config = read_json(checkpoint / "transformer" / "config.json")
-        defaults = read_json(checkpoint / "generation_config.json").get("defaults", {})
+        generation = checkpoint / "generation_config.json"
+        defaults = read_json(generation).get("defaults", {}) if generation.is_file() else {}
         size = [int(defaults.get("width", config.get("sample_size", 8) * 8))]
     settings = {"preset": preset} if preset else None
     reports = [
@@ -140,22 +150,33 @@ def evaluate(
         write_card(checkpoint, reports)
 
 
-def main() -> None:
-    """Run the command; a user's mistake is one line, exit code 2 for misuse and 1 for failure."""
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
+def _fail(message: str, code: int) -> int:
+    print(f"trainer: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return the exit code: 0 done, 1 failed, 2 misuse; errors are one line.
+
+    With ``--debug`` among the words the traceback is shown.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    words = [word for word in argv if word != "--debug"] or ["--help"]
     try:
-        app()
-    except (ValueError, OSError) as error:
+        result = app(args=words, prog_name="trainer", standalone_mode=False)
+    except TyperException as error:
+        return _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, Abort):
+        return _fail("interrupted; run the same command again to go on", 130)
+    except Exception as error:
         if debug:
             raise
-        print(f"trainer: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("trainer: interrupted; run the same command again to go on", file=sys.stderr)
-        sys.exit(1)
+        if isinstance(error, ValueError | OSError):
+            return _fail(str(error), 2 if isinstance(error, MisuseError) else 1)
+        return _fail(f"unexpected {type(error).__name__}: {error} (--debug shows where)", 1)
+    return result if isinstance(result, int) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

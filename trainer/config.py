@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from model.config import NextDiTConfig
+from trainer.demo.grammar import LEVELS
 from trainer.optim import OptimizerName
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -96,6 +98,21 @@ class DiffusionConfig(_Strict):
     """Prompt template to its sampling weight."""
     optimizer: OptimizerConfig
 
+    @field_validator("levels")
+    @classmethod
+    def _check_levels(cls, levels: dict[str, float]) -> dict[str, float]:
+        for level in levels:
+            if level not in LEVELS:
+                raise ValueError(f"level {level!r} is unknown; known are {', '.join(LEVELS)}")
+        return levels
+
+    @field_validator("levels", "templates")
+    @classmethod
+    def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        if min(weights.values(), default=0.0) < 0.0 or sum(weights.values()) <= 0.0:
+            raise ValueError("the weights must not be negative, and one at least above 0")
+        return weights
+
 
 class Recipe(_Strict):
     """Everything a training run does, in order: autoencoder, text encoder, diffusion stages."""
@@ -112,6 +129,21 @@ class Recipe(_Strict):
     diffusion: list[DiffusionConfig]
     generation: dict[str, Any]
     """Content of ``generation_config.json``."""
+
+    @field_validator("transformer")
+    @classmethod
+    def _check_transformer(cls, transformer: dict[str, Any]) -> dict[str, Any]:
+        """Refuse at once what the first diffusion stage would refuse hours later."""
+        NextDiTConfig.from_dict(transformer)
+        return transformer
+
+    @field_validator("generation")
+    @classmethod
+    def _check_generation(cls, generation: dict[str, Any]) -> dict[str, Any]:
+        defaults = generation.get("defaults")
+        if not isinstance(defaults, dict) or not isinstance(defaults.get("width"), int):
+            raise ValueError("defaults.width must be a number of pixels")
+        return generation
 
     @property
     def default_width(self) -> int:
@@ -155,6 +187,8 @@ def _override(data: dict[str, Any], text: str) -> None:
         for part in parents:
             node = node[int(part)] if isinstance(node, list) else node[part]
         node[int(last) if isinstance(node, list) else last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError(f"--set {text!r}: the value is not valid YAML") from None
     except (KeyError, IndexError, TypeError, ValueError):
         raise ValueError(f"--set {key!r} names nothing in the recipe") from None
 
@@ -163,6 +197,8 @@ def _explain(error: ValidationError) -> str:
     """The first fault in one sentence; an unknown key names the nearest known one."""
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "value_error":
+        return f"{where}: {fault['ctx']['error']}"
     if fault["type"] != "extra_forbidden":
         return f"{where}: {fault['msg']} (got {str(fault['input'])[:60]!r})"
     model: Any = Recipe

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from model.checkpoint import read_json, sha256_file, write_json, write_manifest
 from model.config import NextDiTConfig
 from model.next_dit import NextDiT
 from trainer import checkpoint
-from trainer.config import Recipe
+from trainer.config import Recipe, load_recipe
 from trainer.stages.run import FINAL
 
 MODEL_INDEX = {
@@ -48,7 +47,7 @@ def export_run(run: Path, out: Path, init: Path | None = None) -> dict[str, Any]
     recipe_file = run / "recipe.yaml"
     if not recipe_file.is_file():
         raise ValueError(f"{str(run)!r} is no training run: it has no recipe.yaml")
-    recipe = Recipe.model_validate(yaml.safe_load(recipe_file.read_text(encoding="utf-8")))
+    recipe = load_recipe(str(recipe_file))
     dit, progress = _newest_transformer(recipe, run, init)
     vae_folder = init / "vae" if init else run / "vae" / FINAL
     text_folder = init if init else run / "text" / FINAL

@@ -12,12 +12,13 @@ from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from server.api import generate, health, jobs
-from server.api.context import ApiContext, end_tasks
+from server.api.context import ApiContext
 from server.api.middleware import RequestGuard
 from server.api.problems import HANDLERS
 from server.config import Settings
 from server.errors import ServerError
 from server.queue.blobs import BlobStore
+from server.queue.connection import end_tasks
 from server.queue.jobs import JobQueue, open_queue
 
 UI_FOLDER = Path(__file__).parent / "ui"

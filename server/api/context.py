@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -42,19 +42,3 @@ async def promptly(answer: Awaitable[T]) -> T:
             return await answer
     except TimeoutError:
         raise QueueUnavailable(f"Redis did not answer within {REDIS_ANSWER_S} s") from None
-
-
-async def end_tasks(*tasks: "asyncio.Task[Any]") -> None:
-    """Cancel tasks and wait until they have ended, whatever they end with.
-
-    One `cancel` is not enough: on Python 3.11 `asyncio.wait_for`, through which the Redis client
-    sends, forgets a cancellation that arrives together with its result.
-    """
-    pending = {task for task in tasks if not task.done()}
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.1)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # marks it as seen

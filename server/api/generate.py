@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.admission import find_model, price
-from server.api.context import ApiContext, context_of, end_tasks, promptly
+from server.api.context import ApiContext, context_of, promptly
 from server.api.jobs import image_response
 from server.api.negotiation import read_json, read_prefer, wanted_format
 from server.api.problems import Problem, error_problem, job_problem
@@ -26,6 +26,7 @@ from server.api.schemas import (
 )
 from server.errors import QueueUnavailable, ServerError
 from server.protocol import MEDIA_TYPES, JobRecord, OutputFormat, new_job_id
+from server.queue.connection import end_tasks
 
 CLIENT_CLOSED = 499  # never sent: the client is gone; it names the outcome in the log
 

@@ -14,6 +14,7 @@ from server.api.problems import error_problem, problem
 from server.api.schemas import printable
 from server.errors import ForeignHost
 
+PROBES = frozenset({"/livez", "/readyz", "/startupz"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
@@ -70,7 +71,8 @@ class RequestGuard:
                     raise  # half an answer is out: only closing the connection is honest
                 detail = f"Something went wrong here; the log has it under {request_id}."
                 await problem(scope, 500, "internal", detail)(scope, receive, send_with_id)
-            log.info(
+            say = log.debug if scope["path"] in PROBES else log.info  # they come twice a second
+            say(
                 "request",
                 method=scope["method"],
                 path=scope["path"],

@@ -16,12 +16,14 @@ from types import FrameType
 from typing import IO
 
 import structlog
+from redis import Redis
 
 from server.config import ENV_PREFIX, Settings
 from server.embedded.children import Child, spawn, stop_children
 from server.embedded.redis_server import EmbeddedRedis
 from server.errors import ServiceError
 from server.log import configure_logging
+from server.queue import keys
 
 log = structlog.get_logger(__name__)
 
@@ -83,6 +85,7 @@ def run_service(
             stack.callback(redis.stop)
             redis.start()
             redis_url = redis.url
+            _forget_workers(redis_url)
         service = _Service(
             _environment(settings, redis_url), model_dir, workers, host, port, insecure
         )
@@ -223,6 +226,16 @@ def _require_free(host: str, port: int) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise ServiceError(f"cannot listen on {host} port {port}: {reason}") from None
+
+
+def _forget_workers(redis_url: str) -> None:
+    """Drop what workers of an earlier run left in our own Redis: nobody but us has started any.
+
+    A killed service leaves their last heartbeats behind; they would make it look ready too early.
+    """
+    with Redis.from_url(redis_url) as client:
+        for key in client.scan_iter(f"{keys.PREFIX}worker*"):
+            client.delete(key)
 
 
 def _environment(settings: Settings, redis_url: str) -> dict[str, str]:

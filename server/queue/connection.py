@@ -1,7 +1,7 @@
 """How the service talks to Redis: one way to connect, one way to run scripts, one error."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from importlib import resources
 from typing import Any
 
@@ -52,7 +52,7 @@ def load_scripts(redis: Redis) -> dict[str, Script]:
     }
 
 
-async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
     """Cancel tasks that use Redis and wait until they have ended.
 
     One cancellation is not enough: up to Python 3.11 `asyncio.wait_for`, which redis-py uses,
@@ -62,7 +62,10 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     while left:
         for task in left:
             task.cancel()
-        _, left = await asyncio.wait(left, timeout=0.1)
+        ended, left = await asyncio.wait(left, timeout=0.1)
+        for task in ended:
+            if not task.cancelled():
+                task.exception()  # marks it as seen
 
 
 async def guarded(call: Awaitable[Any]) -> Any:

