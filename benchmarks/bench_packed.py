@@ -96,6 +96,7 @@ def main() -> None:
     base = next(iter(medians.values()))
     for name, median in medians.items():
         print(f"{name:<20}{median:>9.2f} ms{base / median:>7.2f}x")
+    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"bench_packed-{DEVICE.type}.json"
     row = {"median_ms": medians, "rounds": ROUNDS, "relative_l2": error, **surroundings()}
     path.write_text(json.dumps(row, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """The ``trainer`` command line: thin, every command calls one function."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -62,9 +63,6 @@ def train(
     Several processes: ``torchrun --nproc-per-node N -m trainer train …``.
     """
     from trainer.config import load_recipe
-    from trainer.distributed import close_world, init_world
-    from trainer.stages.run import run_recipe
-    from trainer.stages.smoke import shrink
 
     if resume not in ("auto", "never"):
         raise MisuseError(f"--resume {resume!r} is not allowed; choose auto or never")
@@ -72,6 +70,10 @@ def train(
         loaded = load_recipe(recipe, settings)
     except ValueError as error:
         raise MisuseError(str(error)) from None
+    from trainer.distributed import close_world, init_world
+    from trainer.stages.run import run_recipe
+    from trainer.stages.smoke import shrink
+
     if smoke:
         loaded = shrink(loaded)
     folder = out or Path("runs") / loaded.name
@@ -160,6 +162,8 @@ def main(argv: list[str] | None = None) -> int:
 
     With ``--debug`` among the words the traceback is shown.
     """
+    # xformers would greet every command with what its CUDA build lacks here.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     words = [word for word in argv if word != "--debug"] or ["--help"]

@@ -62,7 +62,7 @@ class ChangeListener:
     async def close(self) -> None:
         """Stop listening."""
         if self._task is not None:
-            await end_tasks([self._task])
+            await end_tasks(self._task)
             self._task = None
 
     async def _listen(self) -> None:

@@ -23,7 +23,7 @@ def run(capsys):
 MISUSE = {
     "unknown command": (["trian"], "trian"),
     "unknown option": (["train", "demo", "--smokey"], "--smokey"),
-    "no recipe": (["train"], "RECIPE"),
+    "no recipe": (["train"], "recipe"),
     "unknown recipe": (["train", "dem"], "recipe 'dem' is neither a file nor one of:"),
     "unknown key": (["train", "demo", "--set", "vae.stepz=3"], "did you mean 'steps'?"),
     "no value": (["train", "demo", "--set", "seed"], "must look like key.path=value"),
@@ -31,9 +31,9 @@ MISUSE = {
     "resume": (["train", "demo", "--resume", "maybe"], "--resume 'maybe' is not allowed"),
     "export without --out": (["export", "run"], "--out"),
     "suite": (["evaluate", "x", "--suite", "demos"], "--suite 'demos' is unknown"),
-    "limit": (["evaluate", "x", "--limit", "0"], "0"),
+    "limit": (["evaluate", "x", "--limit", "0"], "--limit"),
     "no number": (["data", "build", "demo", "--out", "x"], "--num"),
-    "a word for a number": (["data", "build", "demo", "--out", "x", "--num", "many"], "many"),
+    "a word for a number": (["data", "build", "demo", "--out", "x", "--num", "many"], "--num"),
     "unknown world": (["data", "build", "demon", "--out", "x", "--num", "1"], "'demon' is unknown"),
 }
 

@@ -108,7 +108,7 @@ def test_a_missing_key_is_named(recipe_file):
 
 
 def test_an_unknown_recipe_names_the_shipped_ones():
-    with pytest.raises(ValueError, match="recipe 'dem' is neither a file nor one of: .*demo"):
+    with pytest.raises(ValueError, match=r"recipe 'dem' is neither a file nor one of: .*demo"):
         load_recipe("dem")
 
 

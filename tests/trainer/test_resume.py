@@ -101,7 +101,7 @@ def test_without_a_state_there_is_nothing_to_resume(tmp_path):
 def test_only_plain_data_is_read_back(tmp_path):
     """A pickle may run code when it is loaded."""
     checkpoint.save_state(tmp_path, {"stage": TinyStage})
-    with pytest.raises(Exception, match="weights_only|Unsupported"):
+    with pytest.raises(Exception, match=r"weights_only|Unsupported"):
         checkpoint.load_state(tmp_path)
 
 

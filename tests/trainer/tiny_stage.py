@@ -8,6 +8,7 @@ from trainer.config import OptimizerConfig
 from trainer.distributed import World
 
 BATCH = 8
+ALONE = World()
 TOTAL_STEPS = 6
 
 
@@ -25,7 +26,7 @@ class TinyStage:
     total_steps = TOTAL_STEPS
     images_per_step = BATCH
 
-    def __init__(self, optimizer="muon", world=World(), fail_at=None, seed=0) -> None:
+    def __init__(self, optimizer="muon", world=ALONE, fail_at=None, seed=0) -> None:
         self.optimizer = OptimizerConfig(
             name=optimizer, lr=0.02, matrix_lr=0.02, warmup=2, cooldown=0.5, clip=0.5, ema_decay=0.8
         )
