@@ -44,7 +44,7 @@ def data_build(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder [runs/NAME].")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder [runs/NAME, runs/NAME-smoke].")] = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="A few steps of every stage on a tiny model.")
     ] = False,
@@ -76,7 +76,7 @@ def train(
 
     if smoke:
         loaded = shrink(loaded)
-    folder = out or Path("runs") / loaded.name
+    folder = out or Path("runs") / (f"{loaded.name}-smoke" if smoke else loaded.name)
     if resume == "never" and (folder / "recipe.yaml").is_file():
         raise MisuseError(f"--out {str(folder)!r} already holds a run")
     world = init_world()

@@ -14,6 +14,7 @@ class MatrixMuon(torch.optim.Muon):
 
     def __init__(self, weights: Sequence[Tensor], lr: float) -> None:
         self._weights = tuple(weights)
+        assert all(weight.is_contiguous() for weight in weights)
         # Views of the same memory: what the optimiser writes, the module sees.
         views = [nn.Parameter(weight.detach().flatten(1)) for weight in weights]
         super().__init__(views, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
