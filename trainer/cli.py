@@ -44,7 +44,9 @@ def data_build(
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Run folder [runs/NAME, runs/NAME-smoke].")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Run folder [runs/NAME, runs/NAME-smoke].")
+    ] = None,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="A few steps of every stage on a tiny model.")
     ] = False,

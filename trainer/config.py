@@ -61,6 +61,19 @@ class VaeConfig(_Strict):
     kl_weight: float = 1e-4
     gradient_weight: float = 1.0
     optimizer: OptimizerConfig
+    compact: "CompactConfig"
+
+
+class CompactConfig(_Strict):
+    """The autoencoder's second stage: latents that say no more than the picture needs."""
+
+    steps: Positive
+    kl_weight: float = 1.5e-3
+    latent_std: float = 2.0
+    """Standard deviation the latents are rescaled to at the start."""
+    noise_std: float = 0.3
+    """Standard deviation of the posterior at the start."""
+    optimizer: OptimizerConfig
 
 
 class TextConfig(_Strict):

@@ -49,7 +49,7 @@ def export_run(run: Path, out: Path, init: Path | None = None) -> dict[str, Any]
         raise ValueError(f"{str(run)!r} is no training run: it has no recipe.yaml")
     recipe = load_recipe(str(recipe_file))
     dit, progress = _newest_transformer(recipe, run, init)
-    vae_folder = init / "vae" if init else run / "vae" / FINAL
+    vae_folder = init / "vae" if init else run / "compact" / FINAL
     text_folder = init if init else run / "text" / FINAL
     dit.save_pretrained(out / "transformer", dtype=torch.bfloat16)
     AutoencoderKL.from_pretrained(vae_folder).to(torch.bfloat16).save_pretrained(out / "vae")
@@ -86,7 +86,7 @@ def _newest_transformer(
             newest = run / stage.name, state
     if newest is None:
         raise ValueError(f"{str(run)!r} has no diffusion stage with a saved state yet")
-    parts = init if init else run / "vae" / FINAL
+    parts = init if init else run / "compact" / FINAL
     vae_config = read_json((parts / "vae" if init else parts) / "config.json")
     text_root = init if init else run / "text" / FINAL
     text_config = read_json(text_root / "text_encoder" / "config.json")

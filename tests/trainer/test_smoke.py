@@ -35,7 +35,7 @@ def exported(run):
 
 def test_every_stage_leaves_its_traces(run):
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    stages = ["vae", "text", *(stage["name"] for stage in recipe["diffusion"])]
+    stages = ["vae", "compact", "text", *(stage["name"] for stage in recipe["diffusion"])]
     for stage in stages:
         assert (run / stage / "final").is_dir()
         row = json.loads((run / stage / "metrics.jsonl").read_text().splitlines()[-1])

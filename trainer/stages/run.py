@@ -21,7 +21,7 @@ from trainer.data.captions import CaptionEncoder
 from trainer.distributed import World, barrier
 from trainer.stages.diffusion import DiffusionStage
 from trainer.stages.text import TextStage
-from trainer.stages.vae import VaeStage
+from trainer.stages.vae import CompactStage, VaeStage
 from trainer.trainer import train_stage
 
 FINAL = "final"
@@ -47,7 +47,7 @@ def run_recipe(recipe: Recipe, out: Path, world: World, init: Path | None = None
     parts = init if init is not None else out
     if init is None:
         _train_parts(recipe, out, world)
-    vae = VAE.from_pretrained(parts / "vae" if init else out / "vae" / FINAL)
+    vae = VAE.from_pretrained(init / "vae" if init else out / CompactStage.name / FINAL)
     captions = CaptionEncoder(parts if init else out / "text" / FINAL)
     previous = init / "transformer" if init else None
     for index, config in enumerate(recipe.diffusion):
@@ -65,16 +65,18 @@ def run_recipe(recipe: Recipe, out: Path, world: World, init: Path | None = None
 
 
 def _train_parts(recipe: Recipe, out: Path, world: World) -> None:
-    """The autoencoder and the text encoder."""
-    for name in ("vae", "text"):
+    """The autoencoder, its compact second stage, and the text encoder."""
+    for name in (VaeStage.name, CompactStage.name, TextStage.name):
         folder = out / name
         if (folder / FINAL).is_dir():
             continue
-        stage: VaeStage | TextStage = (
-            VaeStage(recipe.vae, recipe.seed, world)
-            if name == "vae"
-            else TextStage(recipe.text, recipe.seed, world)
-        )
+        stage: VaeStage | TextStage
+        if name == TextStage.name:
+            stage = TextStage(recipe.text, recipe.seed, world)
+        elif name == CompactStage.name:
+            stage = CompactStage(recipe.vae, recipe.seed, world, out / VaeStage.name / FINAL)
+        else:
+            stage = VaeStage(recipe.vae, recipe.seed, world)
         ema = train_stage(stage, folder, world)
         if world.is_main:
             _publish(folder, partial(stage.finish, ema))

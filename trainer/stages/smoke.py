@@ -13,6 +13,7 @@ def shrink(recipe: Recipe) -> Recipe:
             "steps": 3,
             "batch_pixels": 8192,
             "sizes": [_small(recipe.vae.sizes[0])],
+            "compact": recipe.vae.compact.model_copy(update={"steps": 3}),
         }
     )
     text = recipe.text.model_copy(
