@@ -51,7 +51,7 @@ RedisUrl = Annotated[
     typer.Option(help="Redis to use, as redis://, rediss:// or unix://.", show_default=False),
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Serve other machines too, without API keys.")
 ]

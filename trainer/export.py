@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
-from model.checkpoint import read_json, sha256_file, write_json, write_manifest
+from model.checkpoint import MANIFEST, read_json, sha256_file, write_json, write_manifest
 from model.config import NextDiTConfig
 from model.next_dit import NextDiT
 from trainer import checkpoint
@@ -69,6 +69,9 @@ def export_run(run: Path, out: Path, init: Path | None = None) -> dict[str, Any]
         "weights": "exponential moving average",
         "parameters": sum(p.numel() for p in dit.parameters()),
     }
+    if init and (init / MANIFEST).is_file():
+        before = read_json(init / MANIFEST)
+        info["started_from"] = {key: value for key, value in before.items() if key != "files"}
     write_manifest(out, info)
     return info
 

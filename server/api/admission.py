@@ -1,9 +1,7 @@
 """Refuses at the door what the service cannot serve: unknown models and too much work at once."""
 
-from typing import Any
-
 from server.api.context import ApiContext
-from server.api.schemas import GenerateBody, InvalidFields, printable
+from server.api.schemas import GenerateBody, InvalidFields, printable, resolved
 from server.errors import ModelNotReady, UnknownModel
 from server.protocol import DEFAULT_POOL, ModelInfo
 
@@ -32,12 +30,9 @@ async def find_model(context: ApiContext, name: str | None) -> tuple[str, ModelI
     raise UnknownModel(f"model must be one that is served ({served}), got '{asked}'")
 
 
-def _resolved(body: GenerateBody, info: ModelInfo, field: str, default: int) -> int:
-    preset: dict[str, Any] = info.presets.get(body.preset or "", {})
-    for value in (getattr(body, field), preset.get(field), info.defaults.get(field)):
-        if value is not None:
-            return int(value)
-    return default
+def _number(body: GenerateBody, info: ModelInfo, field: str, default: int) -> int:
+    value = resolved(body, info, field)
+    return default if value is None else int(value)
 
 
 def price(body: GenerateBody, info: ModelInfo) -> int:
@@ -45,9 +40,9 @@ def price(body: GenerateBody, info: ModelInfo) -> int:
 
     Raises InvalidFields when pixels x images x steps exceed MAX_PIXEL_STEPS.
     """
-    width = _resolved(body, info, "width", info.default_width)
-    height = _resolved(body, info, "height", info.default_height)
-    steps = _resolved(body, info, "num_inference_steps", info.default_steps)
+    width = _number(body, info, "width", info.default_width)
+    height = _number(body, info, "height", info.default_height)
+    steps = _number(body, info, "num_inference_steps", info.default_steps)
     num_images = body.num_images or 1
     pixel_steps = width * height * steps * num_images
     if pixel_steps > MAX_PIXEL_STEPS:

@@ -10,12 +10,12 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.address import is_loopback
 from server.api.problems import error_problem, problem
 from server.api.schemas import printable
 from server.errors import ForeignHost
 
 PROBES = frozenset({"/livez", "/readyz", "/startupz"})
-LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -81,10 +81,10 @@ class RequestGuard:
             )
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        if self._loopback_only and host_name(headers.get("host", "")) not in LOOPBACK_NAMES:
+        if self._loopback_only and not is_loopback(host_name(headers.get("host", ""))):
             shown = printable(headers.get("host", ""))
-            names = ", ".join(sorted(LOOPBACK_NAMES))
-            error = ForeignHost(f"the Host header must be one of {names}, got '{shown}'")
+            allowed = "localhost or a loopback address such as 127.0.0.1"
+            error = ForeignHost(f"the Host header must name {allowed}, got '{shown}'")
             await error_problem(scope, error)(scope, receive, send)
             return
         await self._app(scope, receive, send)

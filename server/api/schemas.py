@@ -20,6 +20,7 @@ MAX_IMAGES = 8
 MAX_SEED = 2**53 - 9  # image k of a job uses seed + k, and 2**53 - 1 is the last exact JSON integer
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_TEXT = 512
+MAX_UNKNOWN = 8  # unknown fields that an answer names: finding the nearest name takes time
 
 # Names other servers use for our fields; a plain nearest-spelling search would miss them.
 _OTHER_NAMES = {
@@ -193,9 +194,10 @@ def parse_generate(value: Any) -> GenerateBody:
     # Unknown names come first: a misspelt field is better named than reported as missing. They
     # are taken out here because pydantic stops at a name that is not valid Unicode.
     unknown = [name for name in value if name not in GenerateBody.model_fields]
-    wrong = {printable(name): _unknown_field(name) for name in unknown}
+    wrong = {printable(name): _unknown_field(name) for name in unknown[:MAX_UNKNOWN]}
+    known = {name: value[name] for name in GenerateBody.model_fields if name in value}
     try:
-        body = GenerateBody.model_validate({n: v for n, v in value.items() if n not in unknown})
+        body = GenerateBody.model_validate(known)
     except ValidationError as error:
         for item in error.errors(include_url=False):
             field, sentence = _sentence(item, value)
@@ -203,6 +205,15 @@ def parse_generate(value: Any) -> GenerateBody:
     if wrong:
         raise InvalidFields(list(wrong.items()))
     return body
+
+
+def resolved(body: GenerateBody, info: ModelInfo, field: str) -> Any:
+    """What a job will use for a setting: the body's value, else the preset's, the checkpoint's."""
+    preset = info.presets.get(body.preset or "", {})
+    for value in (getattr(body, field), preset.get(field), info.defaults.get(field)):
+        if value is not None:
+            return value
+    return None
 
 
 def check_against_model(body: GenerateBody, info: ModelInfo) -> None:
@@ -214,11 +225,15 @@ def check_against_model(body: GenerateBody, info: ModelInfo) -> None:
             continue
         if not info.min_size <= size <= info.max_size or size % info.size_multiple:
             allowed = f"a multiple of {info.size_multiple} from {info.min_size} to {info.max_size}"
-            wrong.append((field, f"{field} must be {allowed}, got {size}"))
+            wrong.append((field, f"{field} must be {allowed}, got {_shown(size)}"))
     steps = body.num_inference_steps
     if steps is not None and steps > info.max_steps:
         sentence = f"num_inference_steps must be a whole number from 1 to {info.max_steps}"
         wrong.append(("num_inference_steps", f"{sentence}, got {_shown(steps)}"))
+    grid = resolved(body, info, "time_grid")
+    if grid == "official" and resolved(body, info, "num_inference_steps") == 1:
+        sentence = "num_inference_steps must be at least 2 with time_grid 'official', got 1"
+        wrong.append(("num_inference_steps", sentence))
     if body.preset is not None and body.preset not in info.presets:
         offered = ", ".join(sorted(info.presets)) or "none"
         sentence = f"preset must be one that {info.name} has ({offered}), got {_shown(body.preset)}"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from redis import Redis
-from redis.exceptions import BusyLoadingError, ConnectionError
+from redis.exceptions import ConnectionError, TimeoutError
 
 from server.embedded.children import Child, spawn, stop_children
 from server.errors import ServiceError
@@ -87,7 +87,7 @@ class EmbeddedRedis:
                 try:
                     client.ping()
                     return
-                except (ConnectionError, BusyLoadingError, FileNotFoundError):
+                except (ConnectionError, TimeoutError, FileNotFoundError):  # or loading its data
                     time.sleep(0.02)
         self.stop()
         raise ServiceError(f"the embedded redis-server did not start; see {self._log}")

@@ -66,7 +66,7 @@ def run_service(
         model_dir: the checkpoint every worker serves.
         workers: worker processes; None: one per GPU, or one on the CPU.
         host: where the API listens.
-        port: where the API listens.
+        port: where the API listens; 0 for any that is free.
         insecure: passed on to the API.
         own_redis: start a redis-server; otherwise `settings.redis_url` is used.
 
@@ -76,7 +76,7 @@ def run_service(
     configure_logging(settings.log_level)
     with ExitStack() as stack:
         lock = stack.enter_context(_locked(settings.data_dir))
-        _require_free(host, port)
+        port = _free_port(host, port)
         signals = stack.enter_context(_Signals())
         redis = None
         redis_url = settings.redis_url
@@ -219,10 +219,12 @@ def _locked(data_dir: Path) -> Iterator[IO[str]]:
         yield lock
 
 
-def _require_free(host: str, port: int) -> None:
+def _free_port(host: str, port: int) -> int:
+    """Return `port`, any free one for 0; raises ServiceError where nobody can listen on it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        socket.create_server((host, port), family=family).close()
+        with socket.create_server((host, port), family=family) as probe:
+            return int(probe.getsockname()[1])
     except OSError as error:
         reason = error.strerror or str(error)
         raise ServiceError(f"cannot listen on {host} port {port}: {reason}") from None

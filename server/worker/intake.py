@@ -54,7 +54,7 @@ class Intake:
     """The queue as the engine's thread sees it.
 
     Args:
-        open_queue: makes the JobQueue, inside this thread's event loop.
+        open_queue: makes the JobQueue, which only the intake's own event loop uses.
         worker_id: names this worker in leases.
         pool: whose jobs to claim.
         pulse: beaten by the engine; when it stops, leases are no longer renewed.
@@ -70,6 +70,7 @@ class Intake:
         self._held: dict[str, Claim] = {}
         self._steps: dict[str, tuple[int, int]] = {}
         self._news: queue.SimpleQueue[Arrival | str | None] = queue.SimpleQueue()
+        self._settling: set[asyncio.Task[Any]] = set()
         self._asked: Future[None] | None = None
         self._waiting: asyncio.Future[None] | None = None
         self._stopping = False
@@ -88,7 +89,9 @@ class Intake:
 
     def poll(self, capacity: Capacity, wait_s: float = 0.0) -> Inbox:
         """Return the news, waiting up to `wait_s` for some; asks for jobs where there is room."""
-        if capacity.jobs > 0 and not self._stopping and (self._asked is None or self._asked.done()):
+        answered = self._asked is None or self._asked.done()
+        # With news unread, `capacity` does not count the jobs among them: ask at the next poll.
+        if capacity.jobs > 0 and not self._stopping and answered and self._news.empty():
             self._asked = self._call(self._claim(capacity))
         inbox = Inbox([], [])
         news = self._next_news(wait_s)
@@ -129,8 +132,11 @@ class Intake:
                 self._asked.result(timeout_s)
 
     def stop(self, timeout_s: float) -> None:
-        """Sign off and end the thread; gives up on a silent Redis after `timeout_s`."""
-        goodbye = self._call(self._say_goodbye())
+        """Finish what was said last, sign off and end the thread.
+
+        Gives up on a silent Redis after `timeout_s`.
+        """
+        goodbye = self._call(self._say_goodbye(timeout_s / 2))
         with contextlib.suppress(TimeoutError):
             goodbye.result(timeout_s)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -212,6 +218,10 @@ class Intake:
 
     async def _settle(self, claim: Claim, act: Callable[[], Awaitable[bool]]) -> bool:
         """End a claim, retrying while Redis is away: the lease is renewed meanwhile."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._settling.add(task)
+        task.add_done_callback(self._settling.discard)
         while True:
             try:
                 stood = await act()
@@ -247,7 +257,9 @@ class Intake:
                 log.exception("intake task failed", task=task.__name__)
                 await asyncio.sleep(RETRY_S[1])
 
-    async def _say_goodbye(self) -> None:
+    async def _say_goodbye(self, settle_s: float) -> None:
+        if self._settling:
+            await asyncio.wait(self._settling, timeout=settle_s)
         with contextlib.suppress(QueueUnavailable):
             await self._queue.sign_off(self.worker_id, self.pool)
         await self._queue.close()

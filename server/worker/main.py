@@ -161,12 +161,12 @@ def run_worker(
     started = time.monotonic()
     try:
         model = load(model_dir)
+        pulse = Pulse()
+        info = warm_up(model)  # refuses what no part alone can see, such as an impossible default
+        pulse.beat()  # the warm-up is the first stage by which later ones are judged
     except (ValueError, OSError) as error:
         print(f"lumina worker: {_one_line(error)}", file=sys.stderr, flush=True)
         return 2
-    pulse = Pulse()
-    info = warm_up(model)
-    pulse.beat()
     load_s = round(time.monotonic() - started, 2)
     log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)

@@ -53,8 +53,10 @@ def test_the_model_card_quotes_the_scores_of_the_manifest():
 def test_a_few_held_out_prompts_are_drawn_right(pipeline):
     settings = pipeline.generation_config.defaults
     report = evaluate_demo(pipeline, settings["width"], limit=60, seed=100, progress=False)
-    # 60 pictures have a standard error of 0.05: the floor sits well below the card's score.
-    assert report.overall() >= 0.75, report.to_json()["tasks"]
+    # 60 pictures have a standard error of 0.06: the floor sits well below the card's score.
+    score = (verify_manifest(DEMO) or {})["scores"]["64x64"]["overall"]
+    assert report.overall() >= score - 0.15, report.to_json()["tasks"]
+    assert report.score("colors") >= 0.7
 
 
 @pytest.mark.slow

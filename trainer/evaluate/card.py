@@ -1,6 +1,6 @@
 """The model card: what a checkpoint is, how it was made, and what it scored."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,16 @@ be tried, tested and scored without any download. Prompts outside that world giv
 |---|---|
 {parts}
 
-Made by `trainer train {recipe}` (recipe sha256 `{recipe_sha}`, git `{revision}`, seed {seed};
-steps: {stages}); weights are the {weights}. English captions only.
+Made by `trainer train {recipe}`; weights are the {weights}. English captions only. Runs that led
+here, the last one first:
+
+{runs}
 
 ## Scores
 
 `trainer evaluate` on held-out prompts, judged exactly (every object's shape and colour, their
 number and relation; nothing else may be in the picture). Share of right pictures, default settings
-({settings}); the standard error of a task is about 0.02.
+({settings}); a task has 100 pictures, so a standard error of up to 0.05.
 
 {tables}
 
@@ -51,8 +53,9 @@ diffusers' `Lumina2Pipeline.from_pretrained` loads the same folder.
 
 ## Limits
 
-Counting and crowded scenes fail first. Shapes are upright and never overlap. Sizes outside
-{min_size}..{max_size} pixels were not trained. Text, faces and real things do not exist here.
+Scenes of several different objects fail first. Shapes are upright and never overlap. The service
+accepts {min_size} to {max_size} pixels; trained were only the sizes in the table. Text, faces and
+real things do not exist here.
 """
 
 
@@ -65,10 +68,7 @@ def write_card(checkpoint: Path, reports: Sequence[DemoReport]) -> None:
     text = CARD.format(
         parts="\n".join(f"| {name} | {count / 1e6:.2f} M |" for name, count in _parts(checkpoint)),
         recipe=manifest["recipe"],
-        recipe_sha=manifest["recipe_sha256"][:12],
-        revision=manifest["git_revision"][:12],
-        seed=manifest["seed"],
-        stages=", ".join(f"{name} {steps}" for name, steps in manifest["stages"].items()),
+        runs="\n".join(_lineage(manifest)),
         weights=manifest["weights"],
         settings=", ".join(
             f"{defaults[name]} {label}"
@@ -96,6 +96,20 @@ def markdown_table(report: DemoReport) -> str:
     row = [f"{report.overall(level):.3f}" for level in levels]
     lines.append(f"| **overall** | {' | '.join(row)} | **{report.overall():.3f}** |")
     return "\n".join(lines)
+
+
+def _lineage(manifest: Mapping[str, Any] | None) -> list[str]:
+    """A line for the run and for each run it started from: recipe, code, seed, steps, remark."""
+    lines = []
+    while manifest:
+        stages = ", ".join(f"{name} {steps}" for name, steps in manifest["stages"].items())
+        remark = f"; {manifest['remark']}" if "remark" in manifest else ""
+        lines.append(
+            f"- recipe sha256 `{manifest['recipe_sha256'][:12]}`, git "
+            f"`{manifest['git_revision'][:12]}`, seed {manifest['seed']}; steps: {stages}{remark}"
+        )
+        manifest = manifest.get("started_from")
+    return lines
 
 
 def _scores(report: DemoReport) -> dict[str, Any]:
