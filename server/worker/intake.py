@@ -222,17 +222,21 @@ class Intake:
         assert task is not None
         self._settling.add(task)
         task.add_done_callback(self._settling.discard)
-        while True:
-            try:
-                stood = await act()
-                break
-            except QueueUnavailable as error:
-                await self._pause("commit", error)
-        self._held.pop(claim.key, None)
-        self._steps.pop(claim.key, None)
+        try:
+            stood = await self._insist(act)
+        finally:  # whatever happened, a claim nobody works on must not be renewed for ever
+            self._held.pop(claim.key, None)
+            self._steps.pop(claim.key, None)
         if not stood:
             log.warning("the claim no longer held", job=claim.job_id, claim_no=claim.claim_no)
         return stood
+
+    async def _insist(self, act: Callable[[], Awaitable[bool]]) -> bool:
+        while True:
+            try:
+                return await act()
+            except QueueUnavailable as error:
+                await self._pause("commit", error)
 
     def _drop(self, claim: Claim, state: str) -> None:
         if self._held.pop(claim.key, None) is not None:
