@@ -9,10 +9,10 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 
 from model.checkpoint import MANIFEST, read_json, sha256_file, write_json, write_manifest
-from model.config import NextDiTConfig
 from model.next_dit import NextDiT
 from trainer import checkpoint
 from trainer.config import Recipe, load_recipe
+from trainer.stages.diffusion import transformer_config
 from trainer.stages.run import FINAL
 
 MODEL_INDEX = {
@@ -48,9 +48,9 @@ def export_run(run: Path, out: Path, init: Path | None = None) -> dict[str, Any]
     if not recipe_file.is_file():
         raise ValueError(f"{str(run)!r} is no training run: it has no recipe.yaml")
     recipe = load_recipe(str(recipe_file))
-    dit, progress = _newest_transformer(recipe, run, init)
     vae_folder = init / "vae" if init else run / "compact" / FINAL
     text_folder = init if init else run / "text" / FINAL
+    dit, progress = _newest_transformer(recipe, run, vae_folder, text_folder)
     dit.save_pretrained(out / "transformer", dtype=torch.bfloat16)
     AutoencoderKL.from_pretrained(vae_folder).to(torch.bfloat16).save_pretrained(out / "vae")
     for name in ("text_encoder", "tokenizer"):
@@ -77,7 +77,7 @@ def export_run(run: Path, out: Path, init: Path | None = None) -> dict[str, Any]
 
 
 def _newest_transformer(
-    recipe: Recipe, run: Path, init: Path | None
+    recipe: Recipe, run: Path, vae_folder: Path, text_folder: Path
 ) -> tuple[NextDiT, dict[str, int]]:
     """Averaged weights of the last stage that has any, and the steps of every stage."""
     progress: dict[str, int] = {}
@@ -89,18 +89,9 @@ def _newest_transformer(
             newest = run / stage.name, state
     if newest is None:
         raise ValueError(f"{str(run)!r} has no diffusion stage with a saved state yet")
-    parts = init if init else run / "compact" / FINAL
-    vae_config = read_json((parts / "vae" if init else parts) / "config.json")
-    text_root = init if init else run / "text" / FINAL
-    text_config = read_json(text_root / "text_encoder" / "config.json")
-    config = NextDiTConfig.from_dict(
-        {
-            **recipe.transformer,
-            "in_channels": vae_config["latent_channels"],
-            "cap_feat_dim": text_config["hidden_size"],
-            "sample_size": recipe.default_width // 8,
-        }
-    )
+    vae_config = read_json(vae_folder / "config.json")
+    text_config = read_json(text_folder / "text_encoder" / "config.json")
+    config = transformer_config(recipe, vae_config["latent_channels"], text_config["hidden_size"])
     dit = NextDiT(config)
     dit.load_state_dict(newest[1]["ema"]["average"])
     return dit, progress

@@ -39,7 +39,7 @@ class DiffusionStage:
         self.total_steps = self._config.steps
         self._seed, self._world, self._captions = (recipe.seed, index), world, captions
         torch.manual_seed(recipe.seed)
-        self.config = transformer_config(recipe, vae, captions)
+        self.config = transformer_config(recipe, vae.latent_channels, captions.feature_dim)
         self.module = NextDiT(self.config)
         self._write = CaptionSampler(
             self._config.levels, self._config.templates, self._config.caption_dropout
@@ -99,13 +99,13 @@ class DiffusionStage:
         return clean[chosen], texts[chosen]
 
 
-def transformer_config(recipe: Recipe, vae: VAE, captions: CaptionEncoder) -> NextDiTConfig:
+def transformer_config(recipe: Recipe, in_channels: int, cap_feat_dim: int) -> NextDiTConfig:
     """The recipe's shape, with the widths that the other two parts dictate."""
     return NextDiTConfig.from_dict(
         {
             **recipe.transformer,
-            "in_channels": vae.latent_channels,
-            "cap_feat_dim": captions.feature_dim,
+            "in_channels": in_channels,
+            "cap_feat_dim": cap_feat_dim,
             "sample_size": recipe.default_width // 8,
         }
     )
