@@ -60,6 +60,12 @@ def average_gradients(world: World, parameters: Iterable[Tensor]) -> None:
         grad.copy_(mean.view_as(grad))
 
 
+def sum_over_processes(world: World, tensor: Tensor) -> None:
+    """Replace a tensor by its sum over the processes."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+
+
 def broadcast_parameters(world: World, parameters: Iterable[Tensor]) -> None:
     """Give every process the main process's values: ranks must start from equal weights."""
     if world.size > 1:

@@ -52,7 +52,7 @@ def train_stage(stage: Stage, folder: Path, world: World, *, save_every_s: float
     config = stage.optimizer
     broadcast_parameters(world, stage.module.parameters())
     optimizers = build_optimizers(
-        stage.module, config.name, config.lr, config.matrix_lr, config.betas
+        stage.module, config.name, config.lr, config.matrix_lr, config.betas, world
     )
     ema = Ema(stage.module, config.ema_decay)
     first = _resume(stage, folder, optimizers, ema)

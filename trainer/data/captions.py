@@ -10,6 +10,7 @@ from torch import Tensor
 from model.text_encoder import MAX_TOKENS, compose_prompt, load_gemma, load_tokenizer
 from trainer.demo.grammar import caption
 from trainer.demo.scenes import Scene
+from trainer.precision import mixed_precision
 
 CHUNK = 32  # captions of like length encoded together
 
@@ -49,7 +50,7 @@ class CaptionEncoder:
             places = order[start : start + CHUNK]
             width = len(rows[places[-1]])
             ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in places])
-            with torch.autocast("cpu", torch.bfloat16):
+            with mixed_precision():
                 hidden = self._gemma(input_ids=ids, use_cache=False).last_hidden_state.float()
             for place, states in zip(places, hidden, strict=True):
                 features[place] = states[: len(rows[place])]

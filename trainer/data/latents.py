@@ -17,6 +17,7 @@ from model.vae import VAE
 from trainer.config import SizeShare
 from trainer.demo.render import render
 from trainer.demo.scenes import Scene, sample_scene
+from trainer.precision import mixed_precision
 from trainer.stages.vae import to_tensor
 
 ENCODE_PIXELS = 262_144  # per call: 64 images of 64 px
@@ -57,7 +58,7 @@ class LatentPool:
         for start in range(0, num, batch):
             stop = min(start + batch, num)
             images = [render(self._scene(i), size.width, size.height) for i in range(start, stop)]
-            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad(), mixed_precision():
                 latents = vae.encode(to_tensor(np.stack(images)))
             out[start:stop] = latents.float().numpy().astype(np.float16)
             if time.monotonic() - reported > 15.0:

@@ -16,9 +16,12 @@ from trainer.data.captions import CaptionEncoder, CaptionSampler
 from trainer.data.latents import LatentPool
 from trainer.distributed import World
 from trainer.loss import sample_timesteps, velocity_loss
+from trainer.precision import mixed_precision
 
 STEPS_SORTED = 4
 SCENES_APART = 10_000_000  # more than any stage draws
+# Last words of the seeds, so that no two streams of random numbers are the same.
+SIZES_STREAM, SCENES_STREAM, NOISE_STREAM = range(3)
 
 
 class DiffusionStage:
@@ -65,12 +68,12 @@ class DiffusionStage:
         """Velocity error averaged over samples, and by thirds of the timestep."""
         clean, texts = self._examples(step)
         prompts = self._captions.encode(texts)
-        rng = np.random.default_rng((*self._seed, step, self._world.rank))
+        rng = np.random.default_rng((*self._seed, step, self._world.rank, NOISE_STREAM))
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = sample_timesteps(len(clean), self._config.timestep_shift, generator)
         noisy = flow.interpolate(clean, noise, timesteps)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             velocity = self.module(list(noisy), timesteps, prompts)
         losses = velocity_loss(velocity, list(flow.velocity_target(clean, noise)))
         return losses.mean(), _by_timestep(losses.detach(), timesteps)
@@ -83,12 +86,12 @@ class DiffusionStage:
         """
         group, turn = divmod(step, STEPS_SORTED)
         # All ranks take the same size and length class, so that none waits for another.
-        shared = np.random.default_rng((*self._seed, group))
+        shared = np.random.default_rng((*self._seed, group, SIZES_STREAM))
         place = int(shared.choice(len(self._pools), p=self._shares))
         turn = int(shared.permutation(STEPS_SORTED)[turn])
         num = self._batch_size(place)
         if group != self._group:
-            rng = np.random.default_rng((*self._seed, group, self._world.rank))
+            rng = np.random.default_rng((*self._seed, group, self._world.rank, SCENES_STREAM))
             clean, scenes = self._pools[place].draw(rng, num * STEPS_SORTED)
             texts = [self._write(scene, rng) for scene in scenes]
             order = np.argsort(self._captions.lengths(texts), kind="stable")

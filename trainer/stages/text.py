@@ -28,6 +28,7 @@ from trainer.demo.scenes import (
 )
 from trainer.distributed import World
 from trainer.ema import Ema
+from trainer.precision import mixed_precision
 from trainer.tokenizer import train_tokenizer
 
 LOOKS = {
@@ -107,7 +108,7 @@ class TextStage:
         last = torch.tensor([len(row) - 1 for row in rows])
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             predictions, logits = self.module(ids, last)
         predictions = {key: value.float() for key, value in predictions.items()}
         losses = scene_losses(predictions, scenes)

@@ -15,6 +15,7 @@ from trainer.demo.scenes import sample_dense_scene, sample_scene
 from trainer.distributed import World
 from trainer.ema import Ema
 from trainer.loss import kl_loss, reconstruction_loss
+from trainer.precision import mixed_precision
 
 STATISTICS_IMAGES = 512
 
@@ -42,7 +43,7 @@ class VaeStage:
         size = self._config.sizes[shared.choice(len(weights), p=weights / weights.sum())]
         images = self._batch(rng, size)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             mean, logvar = self.module.encode(images).latent_dist.parameters.chunk(2, dim=1)
             mean, logvar = mean.float(), logvar.float().clamp(-30.0, 20.0)
             noise = torch.randn(mean.shape, generator=generator)
