@@ -16,6 +16,7 @@ from trainer.distributed import World
 from trainer.ema import Ema
 from trainer.loss import kl_loss, reconstruction_loss
 from trainer.precision import mixed_precision
+from trainer.stages.whiten import fold_into, whitening
 
 STATISTICS_IMAGES = 512
 
@@ -24,6 +25,7 @@ class VaeStage:
     """Trains the autoencoder; scenes are rendered as they are needed."""
 
     name = "vae"
+    whitens = False  # whether the latents are whitened once trained
 
     def __init__(self, config: VaeConfig, seed: int, world: World) -> None:
         self.optimizer = config.optimizer
@@ -73,9 +75,11 @@ class VaeStage:
         images = np.stack(
             [render(sample_scene(rng), size.width, size.height) for _ in range(STATISTICS_IMAGES)]
         )
-        latents = torch.cat(
-            [vae.encode(part).latent_dist.mode() for part in to_tensor(images).split(64)]
-        )
+        latents = _modes(vae, to_tensor(images))
+        if self.whitens:
+            matrix = whitening(latents)
+            fold_into(vae, matrix)
+            latents = torch.einsum("ij,njhw->nihw", matrix.to(latents), latents)
         vae.register_to_config(
             scaling_factor=round(1.0 / latents.std().item(), 5),
             shift_factor=round(latents.mean().item(), 5),
@@ -93,6 +97,7 @@ class CompactStage(VaeStage):
     """
 
     name = "compact"
+    whitens = True
 
     def __init__(self, config: VaeConfig, seed: int, world: World, trained: Path) -> None:
         super().__init__(config, seed + 1, world)
@@ -113,6 +118,10 @@ class CompactStage(VaeStage):
         decoder_in.weight.div_(factor)
         encoder_out.weight[channels:].zero_()
         encoder_out.bias[channels:].fill_(2.0 * math.log(self._config.compact.noise_std))
+
+
+def _modes(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    return torch.cat([vae.encode(part).latent_dist.mode() for part in pixels.split(64)])
 
 
 def batch_size(pixels: int, size: SizeShare) -> int:
