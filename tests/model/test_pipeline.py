@@ -5,7 +5,7 @@ import torch
 
 from model import GenerationRequest, load_pipeline
 from model.pipeline import Pipeline
-from model.text_encoder import TEMPLATES
+from model.templates import TEMPLATES
 from tests.model.conftest import max_difference, psnr
 
 PROMPT = "a red circle above a blue square"
