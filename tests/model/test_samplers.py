@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_midpoint_equals_the_rule_written_out(time_grid):
     t = [1 - sigma for sigma in make_sigmas(time_grid, 6, 6.0)]
     x = np.random.default_rng(1).normal(size=(4, 3, 3))
     start = torch.from_numpy(x.copy())
-    for left, right in zip(t[:-1], t[1:], strict=True):
+    for left, right in pairwise(t):
         half = x + 0.5 * (right - left) * swirl(x, left)
         x = x + (right - left) * swirl(half, 0.5 * (left + right))
     ours = integrate(sampler_of("midpoint", 6, time_grid=time_grid), start, swirl)
