@@ -33,8 +33,10 @@ class MidpointSampler(Sampler):
 
     def sigma_at(self, evaluation: int) -> float:
         """The left (noisier) end of the interval, or its middle."""
+        if evaluation % 2 == 0:
+            return self.sigmas[evaluation // 2]
         left, right = self._ends(evaluation)
-        return 0.5 * (left + right) if evaluation % 2 else left
+        return 0.5 * (left + right)
 
     def evaluation_point(self, state: SamplerState) -> Tensor:
         """The state itself, or the trial step to the half point."""

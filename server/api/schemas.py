@@ -163,6 +163,8 @@ class GenerateBody(BaseModel):
         for name in ("prompt", "negative_prompt", "system_prompt"):
             if "\0" in (getattr(self, name) or ""):
                 raise _field_error(name, f"{name} must not contain a NUL character")
+        if self.panel is not None and "\0" in self.panel.content:
+            raise _field_error("panel", "panel must not contain a NUL character")
         return self
 
     @model_validator(mode="after")

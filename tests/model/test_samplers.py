@@ -178,6 +178,7 @@ def test_midpoint_knows_where_it_stands():
     assert [sampler.interval_of(k) for k in range(4)] == [0, 0, 1, 1]
     left, right = sampler.sigmas[3:5]
     assert [sampler.sigma_at(k) for k in (6, 7, 8)] == [left, (left + right) / 2, right]
+    assert sampler.sigma_at(sampler.num_evaluations) == 0.0
     noise = torch.randn(2, 3, 3)
     half = sampler.step(sampler.start(noise), torch.ones(2, 3, 3))
     assert torch.equal(half.latents, noise)

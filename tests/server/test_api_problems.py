@@ -85,6 +85,7 @@ BAD_BODIES = [
     ({"prompt": "x", "sigmas": [1], "shift": 4.0}, 422, "shift", ["beside sigmas"]),
     ({"prompt": "x", "negative_template": 1}, 422, "negative_template", ["true or false"]),
     ({"prompt": "x", "panel": {"position": "top"}}, 422, "panel", ["'lower half'", '"top"']),
+    ({"prompt": "x", "panel": {"content": "a\0"}}, 422, "panel", ["NUL"]),
     ({"prompt": "x", "panel": {"contents": "x"}}, 422, "panel", ["position", "content"]),
     ({"prompt": "x", "panel": {}, "system_prompt": "real"}, 422, "panel", ["system_prompt"]),
     ({"prompt": "x", "preset": "faast"}, 422, "preset", ["(fast, flow)", '"faast"']),
