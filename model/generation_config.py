@@ -6,9 +6,11 @@ checkpoint was trained at). The file is optional and looks like
 
     {"defaults": {"width": 128, "height": 128, "num_inference_steps": 20},
      "limits": {"min_size": 64, "max_size": 128, "max_steps": 50},
-     "presets": {"quick": {"num_inference_steps": 8}}}
+     "presets": {"fast": {"num_inference_steps": 8}}}
 
-Sizes and step limits are for the service to enforce; the pipeline takes what the network can do.
+The presets of `model.presets` are there without being listed, and their names are taken. What the
+file asks for by default or in a preset must be within its own limits. Limits of requests are for
+the service to enforce; the pipeline takes what the network can do.
 """
 
 from __future__ import annotations
@@ -20,31 +22,23 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import CheckpointError, read_json
+from model.presets import BUILT_IN_NAMES, built_in_presets
 from model.request import (
     MAX_SEED,
-    SETTINGS,
+    SCHEDULE,
     SIZE_MULTIPLE,
+    TRUNCATIONS,
     GenerationRequest,
     ResolvedRequest,
     check_settings,
     nearest,
+    own_grid_sentence,
 )
+from model.samplers import OWN_GRID
+from model.templates import PANEL_TEMPLATE, Panel
 
 FILE_NAME = "generation_config.json"
 _SECTIONS = ("defaults", "limits", "presets")
-_TRUNCATIONS = ("cfg_trunc_ratio", "cfg_trunc_t")
-
-# What diffusers' Lumina2Pipeline does when asked for nothing in particular.
-_DIFFUSERS_DEFAULTS: dict[str, Any] = {
-    "negative_prompt": "",
-    "system_prompt": "real",
-    "num_inference_steps": 30,
-    "guidance_scale": 4.0,
-    "sampler": "euler",
-    "time_grid": "diffusers",
-    "cfg_renorm": "row",
-    "cfg_renorm_scale": 1.0,
-}
 
 
 @dataclass(frozen=True)
@@ -82,26 +76,26 @@ class GenerationConfig:
         """Fill what the request left open; draws a seed where none is given.
 
         Raises:
-            ValueError: the preset is not one of this checkpoint's.
+            ValueError: the preset is not one of this checkpoint's, or its solver has no use for
+                the time grid asked for.
         """
         settings = dict(self.defaults)
         if request.preset is not None:
             settings = _overlay(settings, self._preset(request.preset))
-        given = {name: getattr(request, name) for name in SETTINGS}
-        settings = _overlay(settings, {k: v for k, v in given.items() if v is not None})
-        seed = secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed
-        settings = dict.fromkeys(_TRUNCATIONS) | settings
+        settings = _overlay(settings, request.settings)
+        if settings["sampler"] == OWN_GRID and request.time_grid is not None:
+            raise ValueError(own_grid_sentence(request.time_grid))
         return ResolvedRequest(
             prompt=request.prompt,
             num_images=request.num_images,
-            seed=seed,
+            seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
             preset=request.preset,
-            **settings,
+            **_settled(settings),
         )
 
     def _preset(self, name: str) -> Mapping[str, Any]:
         if name not in self.presets:
-            offer = ", ".join(repr(known) for known in self.presets) or "none"
+            offer = ", ".join(repr(known) for known in self.presets)
             raise ValueError(f"preset {name[:60]!r} is not allowed: this checkpoint offers {offer}")
         return self.presets[name]
 
@@ -126,26 +120,80 @@ def load_generation_config(
     for name in content:
         if name not in _SECTIONS:
             raise CheckpointError(f"{FILE_NAME}: unknown key {name!r}{nearest(name, _SECTIONS)}")
-    base = {**_DIFFUSERS_DEFAULTS, "shift": shift, "width": trained_size, "height": trained_size}
-    _check("defaults", sections["defaults"])
-    defaults = _overlay(base, sections["defaults"])
-    for preset, settings in sections["presets"].items():
-        _check(f"preset {preset!r}", settings)
     limits = _limits(sections["limits"], trained_size, size_multiple)
-    for side in ("width", "height"):
-        if not limits.min_size <= defaults[side] <= limits.max_size:
+    built_in = built_in_presets(shift=shift, max_steps=limits.max_steps)
+    _check("defaults", sections["defaults"])
+    defaults = _overlay(_base_defaults(built_in["diffusers"], trained_size), sections["defaults"])
+    _check_limits("the default", defaults, limits)
+    for preset, settings in sections["presets"].items():
+        if preset in BUILT_IN_NAMES:
             raise CheckpointError(
-                f"{FILE_NAME}: the default {side} {defaults[side]} is outside the limits "
-                f"{limits.min_size} to {limits.max_size}"
+                f"{FILE_NAME}: preset {preset!r} is built in: give yours another name"
             )
-    return GenerationConfig(defaults=defaults, limits=limits, presets=sections["presets"])
+        _check(f"preset {preset!r}", settings)
+        _check_limits(f"preset {preset!r}:", settings, limits)
+    presets = built_in | sections["presets"]
+    return GenerationConfig(defaults=defaults, limits=limits, presets=presets)
+
+
+def _base_defaults(diffusers: Mapping[str, Any], trained_size: int) -> dict[str, Any]:
+    """What holds where the file says nothing: diffusers' way, at the size of the training."""
+    return {
+        "negative_prompt": "",
+        "system_prompt": "real",
+        **{name: value for name, value in diffusers.items() if name not in TRUNCATIONS},
+        "width": trained_size,
+        "height": trained_size,
+    }
 
 
 def _overlay(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of `above` over those of `below`; one truncation rule replaces the other."""
-    if any(name in above for name in _TRUNCATIONS):
-        below = {name: value for name, value in below.items() if name not in _TRUNCATIONS}
-    return {**below, **above}
+    """Settings of `above` over those of `below`; of two ways to say a thing, the upper counts."""
+    hidden: set[str] = set()
+    if any(name in above for name in TRUNCATIONS):
+        hidden.update(TRUNCATIONS)
+    if any(name in above for name in SCHEDULE):
+        hidden.add("sigmas")
+    kept = {name: value for name, value in below.items() if name not in hidden}
+    template = {"system_prompt": PANEL_TEMPLATE} if "panel" in above else {}
+    return {**kept, **template, **above}
+
+
+def _settled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting of a `ResolvedRequest`: None where another setting takes its say away."""
+    settled = dict.fromkeys((*TRUNCATIONS, "sigmas", "panel")) | dict(settings)
+    if settled["sigmas"] is not None:
+        settled.update(dict.fromkeys(SCHEDULE), sigmas=tuple(map(float, settled["sigmas"])))
+    if settled["sampler"] == OWN_GRID:
+        settled["time_grid"] = None
+    panel = settled["panel"] or Panel()
+    panel = panel if isinstance(panel, Panel) else Panel(**panel)
+    settled["panel"] = panel if settled["system_prompt"] == PANEL_TEMPLATE else None
+    return settled
+
+
+def _check_limits(where: str, settings: Mapping[str, Any], limits: Limits) -> None:
+    """Refuse a default or preset that the service would not allow in a request."""
+    step = limits.size_multiple
+    for side in ("width", "height"):
+        size = settings.get(side, limits.min_size)
+        if not limits.min_size <= size <= limits.max_size:
+            raise CheckpointError(
+                f"{FILE_NAME}: {where} {side} {size} is outside the limits "
+                f"{limits.min_size} to {limits.max_size}"
+            )
+        if side in settings and size % step:
+            raise CheckpointError(f"{FILE_NAME}: {where} {side} {size} is no multiple of {step}")
+    steps = {
+        "num_inference_steps": settings.get("num_inference_steps", 1),
+        "number of sigmas": len(settings.get("sigmas", ())),
+    }
+    for name, count in steps.items():
+        if count > limits.max_steps:
+            raise CheckpointError(
+                f"{FILE_NAME}: {where} {name} {count} is above the limit max_steps "
+                f"{limits.max_steps}"
+            )
 
 
 def _section(content: Mapping[str, Any], name: str) -> dict[str, Any]:

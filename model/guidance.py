@@ -2,9 +2,9 @@
 
 Both dialects of Lumina-Image 2.0 are here, because they give different pictures:
 
-- truncation: diffusers counts steps (`cfg_trunc_ratio`), the official code looks at the timestep
-  (`cfg_trunc_t`). Either way guidance acts on the early, noisy side, and afterwards only the
-  conditional branch runs.
+- truncation: diffusers counts intervals (`cfg_trunc_ratio`), the official code looks at the
+  timestep of each evaluation (`cfg_trunc_t`), also at a half point. Either way guidance acts on the
+  early, noisy side, and afterwards only the conditional branch runs.
 - renormalisation: diffusers always rescales each row (last axis) to the norm of the conditional
   velocity (`row`); the official code shrinks the whole sample, never grows it (`global`).
 """
@@ -23,7 +23,8 @@ class Guidance:
 
     Attributes:
         guidance_scale: weight w of ``uncond + w * (cond - uncond)``; 1 or less means off.
-        cfg_trunc_ratio: guided while ``(step + 1) / num_steps <= ratio``; None = no such limit.
+        cfg_trunc_ratio: guided while ``(interval + 1) / num_intervals <= ratio``; None = no such
+            limit.
         cfg_trunc_t: guided while ``timestep < cfg_trunc_t``; None = no such limit.
         cfg_renorm: `none`, `global` or `row`.
         cfg_renorm_scale: the official rho, used by `global` only; 0 switches it off.
@@ -35,11 +36,18 @@ class Guidance:
     cfg_renorm: str = "row"
     cfg_renorm_scale: float = 1.0
 
-    def is_guided(self, step_index: int, num_steps: int, timestep: float) -> bool:
-        """Whether step `step_index` (from 0) of `num_steps` at `timestep` needs both branches."""
+    def is_guided(self, interval: int, num_intervals: int, timestep: float) -> bool:
+        """Whether an evaluation needs both branches.
+
+        Args:
+            interval: of the schedule, from 0, that the evaluation helps to cross.
+            num_intervals: of the schedule.
+            timestep: what the network receives in this evaluation (0 = noise).
+        """
         if self.guidance_scale <= 1.0:
             return False
-        if self.cfg_trunc_ratio is not None and (step_index + 1) / num_steps > self.cfg_trunc_ratio:
+        passed = (interval + 1) / num_intervals
+        if self.cfg_trunc_ratio is not None and passed > self.cfg_trunc_ratio:
             return False
         return self.cfg_trunc_t is None or timestep < self.cfg_trunc_t
 

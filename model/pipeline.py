@@ -24,7 +24,8 @@ from model.guidance import Guidance
 from model.next_dit import NextDiT
 from model.request import GenerationRequest, ResolvedRequest
 from model.samplers import Sampler, SamplerState, make_sampler
-from model.text_encoder import TextEncoder, compose_prompt
+from model.templates import compose_negative, compose_prompt
+from model.text_encoder import TextEncoder
 from model.vae import VAE, to_pil
 
 
@@ -43,6 +44,7 @@ class DenoiseState:
         warnings: sentences for the user.
         steps_computed: steps done so far.
         steps_cfg: of these, steps that ran both branches.
+        nfe: branches of the network evaluated so far for each image, cond and uncond.
     """
 
     request: ResolvedRequest
@@ -55,6 +57,7 @@ class DenoiseState:
     warnings: list[str] = field(default_factory=list)
     steps_computed: int = 0
     steps_cfg: int = 0
+    nfe: int = 0
 
     @property
     def step_index(self) -> int:
@@ -63,7 +66,7 @@ class DenoiseState:
 
     @property
     def num_steps(self) -> int:
-        """Steps from noise to data: one evaluation of the network each."""
+        """Steps from noise to data; one is one evaluation, so midpoint has two per interval."""
         return self.sampler.num_evaluations
 
     @property
@@ -84,7 +87,13 @@ class DenoiseState:
     @property
     def guided(self) -> bool:
         """Whether the next step runs both branches."""
-        return self.guidance.is_guided(self.step_index, self.num_steps, self.timestep)
+        interval = self.sampler.interval_of(self.step_index)
+        return self.guidance.is_guided(interval, self.sampler.num_intervals, self.timestep)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens the prompt took, its template and the beginning-of-sequence token included."""
+        return len(self.cond)
 
     @property
     def num_tokens(self) -> int:
@@ -143,12 +152,14 @@ class Pipeline:
             time_grid=resolved.time_grid,
             num_inference_steps=resolved.num_inference_steps,
             shift=resolved.shift,
+            sigmas=resolved.sigmas,
         )
+        prompt, negative = _texts(resolved)
         state = DenoiseState(
             request=resolved,
             sampler=sampler,
             guidance=_guidance(resolved),
-            cond=self._context(compose_prompt(resolved.prompt, resolved.system_prompt)),
+            cond=self._context(prompt),
             uncond=None,
             samples=[
                 sampler.start(self._noise(resolved.seed + k, height, width))
@@ -159,7 +170,7 @@ class Pipeline:
         )
         # Both truncation rules only ever switch guidance off: the first step speaks for all.
         if state.guided:
-            state.uncond = self._context(resolved.negative_prompt)
+            state.uncond = self._context(negative)
         return state
 
     @torch.inference_mode()
@@ -243,15 +254,17 @@ class Pipeline:
 
     def _warnings(self, request: ResolvedRequest) -> list[str]:
         warnings = []
-        texts = {"prompt": compose_prompt(request.prompt, request.system_prompt)}
+        prompt, negative = _texts(request)
+        texts = {"prompt": prompt}
         if request.guidance_scale > 1.0:
-            texts["negative_prompt"] = request.negative_prompt
+            texts["negative_prompt"] = negative
         for name, text in texts.items():
-            dropped = self.text_encoder.count_dropped(text)
+            dropped = self.text_encoder.dropped(text)
             if dropped:
+                count = self.text_encoder.count_tokens(text) - self.text_encoder.max_tokens
                 warnings.append(
-                    f"{name} is longer than {self.text_encoder.max_tokens} tokens: "
-                    f"{dropped} tokens at its end were dropped"
+                    f"{name} is longer than {self.text_encoder.max_tokens} tokens (template "
+                    f"included): the last {count} were dropped, that is {_shortened(dropped)!r}"
                 )
         if request.cfg_renorm != "global" and request.cfg_renorm_scale != 1.0:
             warnings.append(
@@ -259,6 +272,22 @@ class Pipeline:
                 f"{request.cfg_renorm!r}"
             )
         return warnings
+
+
+def _texts(request: ResolvedRequest) -> tuple[str, str]:
+    """What the encoder reads for the cond and the uncond branch."""
+    prompt = compose_prompt(request.prompt, request.system_prompt, request.panel)
+    negative = compose_negative(
+        request.negative_prompt,
+        request.system_prompt,
+        request.panel,
+        with_template=request.negative_template,
+    )
+    return prompt, negative
+
+
+def _shortened(text: str, limit: int = 60) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
 
 
 def _guidance(request: ResolvedRequest) -> Guidance:
@@ -284,3 +313,4 @@ def _advance(state: DenoiseState, velocities: Iterator[Tensor]) -> None:
     ]
     state.steps_computed += 1
     state.steps_cfg += guided
+    state.nfe += 1 + guided

@@ -11,9 +11,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from difflib import get_close_matches
+from itertools import pairwise
 from typing import Any
 
-from model.samplers import SAMPLERS, TIME_GRIDS
+from model.samplers import OWN_GRID, SAMPLERS, TIME_GRIDS
+from model.templates import PANEL_POSITIONS, PANEL_TEMPLATE, Panel
 
 MAX_TEXT = 4096  # characters of a prompt
 MAX_IMAGES = 8
@@ -21,6 +23,13 @@ MAX_SEED = 2**53 - 9  # image k uses seed + k, and JSON readers are exact up to 
 SIZE_MULTIPLE = 16
 MAX_SIDE = 8192
 CFG_RENORMS = ("none", "global", "row")
+MAX_STEPS = 1000
+MIN_SIGMA_STEP = 1e-5  # nearer sigmas are one sigma in float32, and solvers divide by the distance
+MAX_PANEL_TEXT = 100  # characters
+
+# Settings that say the same thing in two ways: where one is given, the others have no say.
+TRUNCATIONS = ("cfg_trunc_ratio", "cfg_trunc_t")
+SCHEDULE = ("num_inference_steps", "shift", "time_grid")  # what `sigmas` replaces
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,10 @@ class GenerationRequest:
     Attributes:
         prompt: 1..4096 characters.
         negative_prompt: text of the uncond branch; "" is the bare empty string.
-        system_prompt: a template name of `model.text_encoder.TEMPLATES`, or free text.
+        negative_template: whether a negative prompt that is not empty gets the system prompt too.
+        system_prompt: a name of `model.templates.TEMPLATE_NAMES`, or free text.
+        panel: slots of the template `panel`, which it selects; a `Panel` or a mapping of its
+            fields.
         width: pixels, multiple of 16.
         height: pixels, multiple of 16.
         num_images: 1..8; image k is drawn from seed + k.
@@ -42,8 +54,10 @@ class GenerationRequest:
         seed: 0..2**53 - 9; None draws one.
         sampler: a key of `model.samplers.SAMPLERS`.
         shift: resolution shift of the schedule.
-        time_grid: `diffusers` or `official`.
-        cfg_trunc_ratio: guided while (step + 1) / num_steps <= ratio.
+        time_grid: `diffusers` or `official`; not with sampler `dpm`, which has a grid of its own.
+        sigmas: the schedule itself, as it is (no shift): descending noise fractions above 0, the
+            last interval ends at 0; excludes num_inference_steps, shift and time_grid.
+        cfg_trunc_ratio: guided while (interval + 1) / num_intervals <= ratio.
         cfg_trunc_t: guided while timestep < t; excludes `cfg_trunc_ratio`.
         cfg_renorm: `none`, `global` or `row`.
         cfg_renorm_scale: the official rho of `global`.
@@ -53,7 +67,9 @@ class GenerationRequest:
     prompt: str
     _: KW_ONLY
     negative_prompt: str | None = None
+    negative_template: bool | None = None
     system_prompt: str | None = None
+    panel: Panel | Mapping[str, str] | None = None
     width: int | None = None
     height: int | None = None
     num_images: int = 1
@@ -63,6 +79,7 @@ class GenerationRequest:
     sampler: str | None = None
     shift: float | None = None
     time_grid: str | None = None
+    sigmas: Sequence[float] | None = None
     cfg_trunc_ratio: float | None = None
     cfg_trunc_t: float | None = None
     cfg_renorm: str | None = None
@@ -74,28 +91,38 @@ class GenerationRequest:
             value = getattr(self, field.name)
             if value is not None or field.name in ("prompt", "num_images"):
                 check_field(field.name, value)
-        if self.cfg_trunc_ratio is not None and self.cfg_trunc_t is not None:
-            raise ValueError(
-                "cfg_trunc_ratio and cfg_trunc_t are two rules for the same thing: give one of them"
-            )
+        check_together(self.settings)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that this request fixes itself, by field name."""
+        given = {name: getattr(self, name) for name in SETTINGS}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest:
-    """A request with nothing left to decide; fields as in `GenerationRequest`."""
+    """A request with nothing left to decide; fields as in `GenerationRequest`.
+
+    Settings without a say are None: those of the schedule beside `sigmas`, `time_grid` with a
+    solver that has its own grid, `panel` without its template.
+    """
 
     prompt: str
     negative_prompt: str
+    negative_template: bool
     system_prompt: str
+    panel: Panel | None
     width: int
     height: int
     num_images: int
-    num_inference_steps: int
+    num_inference_steps: int | None
     guidance_scale: float
     seed: int
     sampler: str
-    shift: float
-    time_grid: str
+    shift: float | None
+    time_grid: str | None
+    sigmas: tuple[float, ...] | None
     cfg_trunc_ratio: float | None
     cfg_trunc_t: float | None
     cfg_renorm: str
@@ -125,8 +152,36 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         if name not in SETTINGS:
             raise ValueError(f"unknown setting {name!r}{nearest(name, SETTINGS)}")
         check_field(name, value)
-    if "cfg_trunc_ratio" in settings and "cfg_trunc_t" in settings:
-        raise ValueError("cfg_trunc_ratio and cfg_trunc_t exclude each other: keep one of them")
+    check_together(settings)
+
+
+def check_together(settings: Mapping[str, Any]) -> None:
+    """Check settings of one source (a request, a preset, a file's defaults) against each other.
+
+    Raises:
+        ValueError: one sentence naming two settings that contradict each other.
+    """
+    if all(name in settings for name in TRUNCATIONS):
+        raise ValueError(
+            "cfg_trunc_ratio and cfg_trunc_t are two rules for the same thing: give one of them"
+        )
+    for name in SCHEDULE:
+        if "sigmas" in settings and name in settings:
+            raise ValueError(f"{name} has no say beside sigmas, the schedule itself: give one")
+    if settings.get("sampler") == OWN_GRID and "time_grid" in settings:
+        raise ValueError(own_grid_sentence(settings["time_grid"]))
+    if "panel" in settings and settings.get("system_prompt", PANEL_TEMPLATE) != PANEL_TEMPLATE:
+        raise ValueError(
+            f"panel fills the template {PANEL_TEMPLATE!r}: leave system_prompt out, or give that"
+        )
+
+
+def own_grid_sentence(time_grid: str) -> str:
+    """Why a time grid is refused beside a solver that has its own."""
+    return (
+        f"time_grid {time_grid!r} is not allowed with sampler {OWN_GRID!r}, "
+        "which has a grid of its own: leave it out"
+    )
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -139,11 +194,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
 _Rule = Callable[[object], str | None]
 
 
-def _text(shortest: int) -> _Rule:
-    allowed = f"text of {shortest} to {MAX_TEXT} characters"
+def _text(shortest: int, longest: int = MAX_TEXT) -> _Rule:
+    allowed = f"text of {shortest} to {longest} characters"
 
     def rule(value: object) -> str | None:
-        return None if isinstance(value, str) and shortest <= len(value) <= MAX_TEXT else allowed
+        if not isinstance(value, str) or not shortest <= len(value) <= longest:
+            return allowed
+        # What bytes that are no UTF-8 become on a command line; no tokenizer can read them.
+        lone = any("\ud800" <= letter <= "\udfff" for letter in value)
+        return "text without lone surrogates" if lone else None
 
     return rule
 
@@ -183,6 +242,38 @@ def _choice(options: Sequence[str]) -> _Rule:
     return rule
 
 
+def _flag(value: object) -> str | None:
+    return None if isinstance(value, bool) else "true or false"
+
+
+def _sigmas(value: object) -> str | None:
+    allowed = (
+        f"a list of 1 to {MAX_STEPS} numbers, the first at most 1, each at least "
+        f"{MIN_SIGMA_STEP:g} below the one before and the last that much above 0"
+    )
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MAX_STEPS:
+        return allowed
+    number = _number(0.0, 1.0)
+    if any(number(sigma) is not None for sigma in value):
+        return allowed
+    # Half a step of slack: 0.3 - 0.29999 is a little less than 1e-5 in binary.
+    falls = all(a - b > MIN_SIGMA_STEP / 2 for a, b in pairwise((*value, 0.0)))
+    return None if falls else allowed
+
+
+def _panel(value: object) -> str | None:
+    positions = ", ".join(repr(position) for position in PANEL_POSITIONS)
+    allowed = (
+        f"'position' (one of {positions}) and 'content' (text of 1 to {MAX_PANEL_TEXT} characters)"
+    )
+    slots = vars(value) if isinstance(value, Panel) else value
+    if not isinstance(slots, Mapping) or not slots.keys() <= {"position", "content"}:
+        return allowed
+    panel = {**vars(Panel()), **slots}
+    known = panel["position"] in tuple(PANEL_POSITIONS)
+    return None if known and _text(1, MAX_PANEL_TEXT)(panel["content"]) is None else allowed
+
+
 def _shown(value: object) -> str:
     """A value for an error message: never long, never several lines."""
     if isinstance(value, str) and len(value) > 60:
@@ -194,16 +285,19 @@ def _shown(value: object) -> str:
 _RULES: dict[str, _Rule] = {
     "prompt": _text(1),
     "negative_prompt": _text(0),
+    "negative_template": _flag,
     "system_prompt": _text(0),
+    "panel": _panel,
     "width": _integer(SIZE_MULTIPLE, MAX_SIDE, SIZE_MULTIPLE),
     "height": _integer(SIZE_MULTIPLE, MAX_SIDE, SIZE_MULTIPLE),
     "num_images": _integer(1, MAX_IMAGES),
-    "num_inference_steps": _integer(1, 1000),
+    "num_inference_steps": _integer(1, MAX_STEPS),
     "guidance_scale": _number(0.0, 100.0),
     "seed": _integer(0, MAX_SEED),
     "sampler": _choice(tuple(SAMPLERS)),
     "shift": _number(0.0, 100.0, open_low=True),
     "time_grid": _choice(TIME_GRIDS),
+    "sigmas": _sigmas,
     "cfg_trunc_ratio": _number(0.0, 1.0),
     "cfg_trunc_t": _number(0.0, 100.0),
     "cfg_renorm": _choice(CFG_RENORMS),

@@ -1,4 +1,4 @@
-"""Prompts to text features: system-prompt templates, the tokenizer, Gemma-2 without its last layer.
+"""Complete texts to text features: the tokenizer, and Gemma-2 without its last layer.
 
 The feature of Lumina-Image 2.0 is Gemma-2's `hidden_states[-2]`: what leaves the layer before the
 last, without the final norm. So the last layer is never loaded. Every text is encoded by itself
@@ -22,44 +22,6 @@ from model.checkpoint import CheckpointError, load_state, read_json
 
 MAX_TOKENS = 256  # beginning-of-sequence token and system prompt included
 CACHE_BYTES = 64 * 2**20
-PROMPT_MARKER = " <Prompt Start> "
-
-# Wording of the released training and inference code (lumina-image-2.0) and of diffusers (`real`).
-TEMPLATES: dict[str, str] = {
-    "base": (
-        "You are an assistant designed to generate high-quality images based on user prompts."
-    ),
-    "real": (
-        "You are an assistant designed to generate superior images with the superior degree of "
-        "image-text alignment based on textual prompts or user prompts."
-    ),
-    "align": (
-        "You are an assistant designed to generate high-quality images with the highest degree of "
-        "image-text alignment based on textual prompts."
-    ),
-    "aesthetics": (
-        "You are an assistant designed to generate high-quality images with highest degree of "
-        "aesthetics based on user prompts."
-    ),
-    "4grid": (
-        "You are an assistant designed to generate four high-quality images with highest degree of "
-        "aesthetics arranged in 2x2 grids based on user prompts."
-    ),
-}
-EMPTY_TEMPLATE = "empty"  # no system prompt and no marker: the prompt alone
-TEMPLATE_NAMES = (*TEMPLATES, EMPTY_TEMPLATE)
-
-
-def compose_prompt(prompt: str, system_prompt: str) -> str:
-    """Text the encoder reads: system prompt, marker, prompt.
-
-    Args:
-        prompt: what the user wrote.
-        system_prompt: a name of `TEMPLATE_NAMES`, or free text.
-    """
-    if system_prompt == EMPTY_TEMPLATE:
-        return prompt
-    return TEMPLATES.get(system_prompt, system_prompt) + PROMPT_MARKER + prompt
 
 
 class TextEncoder:
@@ -117,7 +79,7 @@ class TextEncoder:
         return cls(tokenizer, model, max_tokens=max_tokens)
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
-        """Features of complete texts (templates already applied, see `compose_prompt`).
+        """Features of complete texts (templates already applied, see `model.templates`).
 
         Returns:
             One tensor [L_i, D] per text, valid tokens only, in the model's dtype. They are shared
@@ -125,9 +87,14 @@ class TextEncoder:
         """
         return [self._encode_cached(text) for text in texts]
 
-    def count_dropped(self, text: str) -> int:
-        """How many tokens at the end of `text` are beyond the limit and not encoded."""
-        return max(0, len(self.tokenizer(text, verbose=False)["input_ids"]) - self.max_tokens)
+    def count_tokens(self, text: str) -> int:
+        """How many tokens a complete text makes, those beyond the limit included."""
+        return len(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def dropped(self, text: str) -> str:
+        """The end of `text` that is beyond the limit and not encoded; "" where all of it fits."""
+        spans = self.tokenizer(text, verbose=False, return_offsets_mapping=True)["offset_mapping"]
+        return text[spans[self.max_tokens][0] :] if len(spans) > self.max_tokens else ""
 
     def _encode_cached(self, text: str) -> Tensor:
         if text in self._cache:

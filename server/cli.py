@@ -10,7 +10,7 @@ import sys
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.exceptions import Abort, TyperException
@@ -160,23 +160,27 @@ def generate(
     preset: Annotated[str | None, typer.Option(show_default=False)] = None,
     guidance_scale: Annotated[float | None, typer.Option(show_default=False)] = None,
     negative_prompt: Annotated[str | None, typer.Option(show_default=False)] = None,
+    more: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /generate."),
+    ] = None,
 ) -> int:
     """Draw one picture in this process, without a server."""
     folder = _checkpoint_folder(model)
     image_format = _image_format(output)
-    from model.request import GenerationRequest
+    from model.request import GenerationRequest, check_settings
 
+    options = {
+        "width": width,
+        "height": height,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+    }
+    settings = _settings_of(more or [], {k: v for k, v in options.items() if v is not None})
     try:
-        request = GenerationRequest(
-            prompt,
-            seed=seed,
-            width=width,
-            height=height,
-            num_inference_steps=steps,
-            preset=preset,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-        )
+        check_settings(settings)
+        request = GenerationRequest(prompt, seed=seed, preset=preset, **settings)
     except ValueError as error:
         raise MisuseError(str(error)) from None
     _quiet_libraries()
@@ -214,6 +218,22 @@ def inspect(
     for name, value in facts:
         print(f"{name:<{width}}  {value}")
     return 0
+
+
+def _settings_of(assignments: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `--set FIELD=VALUE`, values as JSON or else as text, beside named options."""
+    settings = dict(options)
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise MisuseError(f"--set {assignment!r} must be FIELD=VALUE")
+        if name in settings:
+            raise MisuseError(f"--set {name}: this field is given twice")
+        try:
+            settings[name] = json.loads(text)
+        except ValueError:
+            settings[name] = text
+    return settings
 
 
 def _checkpoint_folder(model: Path | None) -> Path:

@@ -103,7 +103,9 @@ class JobSpec(_Message):
     seed: int
     version: int = SPEC_VERSION
     negative_prompt: str | None = None
+    negative_template: bool | None = None
     system_prompt: str | None = None
+    panel: dict[str, str] | None = None
     model: str | None = None
     width: int | None = None
     height: int | None = None
@@ -113,6 +115,7 @@ class JobSpec(_Message):
     sampler: str | None = None
     shift: float | None = None
     time_grid: str | None = None
+    sigmas: list[float] | None = None
     cfg_trunc_ratio: float | None = None
     cfg_trunc_t: float | None = None
     cfg_renorm: str | None = None
@@ -159,22 +162,30 @@ class Timings(_Message):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepCounts(_Message):
-    """Denoising steps that computed the model, that a cache skipped, and that used guidance."""
+    """Denoising steps that computed the model, that a cache skipped, and that used guidance.
+
+    `nfe` counts the branches of the network evaluated for each picture, cond and uncond.
+    """
 
     computed: int
     skipped: int
     cfg: int
+    nfe: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JobResult(_Message):
-    """What a worker commits: pictures in the order of their seeds, and how they were made."""
+    """What a worker commits: pictures in the order of their seeds, and how they were made.
+
+    `prompt_tokens` are those the text encoder read, template included.
+    """
 
     images: tuple[ImageRef, ...]
     timings: Timings
     steps: StepCounts
     warnings: tuple[str, ...]
     model: str
+    prompt_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,11 +42,16 @@ class FakeState:
     step_index: int = 0
     steps_computed: int = 0
     steps_cfg: int = 0
+    nfe: int = 0
     warnings: list[str] = field(default_factory=list)
 
     @property
     def num_steps(self) -> int:
         return self.request.num_inference_steps
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt.split())
 
     @property
     def num_tokens(self) -> int:
@@ -93,6 +98,7 @@ class FakePipeline:
         for state in states:
             state.step_index += 1
             state.steps_computed += 1
+            state.nfe += 1
 
     def decode(self, states) -> list[list[Image.Image]]:
         if any(state.request.prompt == "blind" for state in states):

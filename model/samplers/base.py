@@ -3,8 +3,8 @@
 A solver object holds a request's schedule and never changes; what changes lives in a
 `SamplerState`, one per image. So requests with different solvers, schedules and step counts can
 share one forward: collect everybody's evaluation points, run the network once, hand back the
-velocities. A solver with several evaluations per interval, or with memory of earlier ones, extends
-`SamplerState` with fields of its own; callers do not notice.
+velocities. How many evaluations an interval takes, and what is remembered between them, is the
+solver's own business; callers only count evaluations.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ class SamplerState:
     Attributes:
         latents: solver state [C, H, W], float32 whatever the network computes in.
         evaluation: index of the next network evaluation, from 0.
+        memory: what the solver keeps from one evaluation to the next, [C, H, W], float32; None
+            where it keeps nothing.
     """
 
     latents: Tensor
     evaluation: int = 0
+    memory: Tensor | None = None
 
 
 class Sampler(ABC):
@@ -42,17 +45,26 @@ class Sampler(ABC):
         self.sigmas = tuple(sigmas)
 
     @property
-    @abstractmethod
+    def num_intervals(self) -> int:
+        """How many intervals the schedule has, from noise to data."""
+        return len(self.sigmas) - 1
+
+    @property
     def num_evaluations(self) -> int:
         """How many times the network is asked, from noise to data."""
+        return self.num_intervals
 
-    @abstractmethod
+    def interval_of(self, evaluation: int) -> int:
+        """The interval (from 0) that evaluation number `evaluation` helps to cross."""
+        return evaluation
+
     def sigma_at(self, evaluation: int) -> float:
         """Noise fraction at which evaluation number `evaluation` takes place."""
+        return self.sigmas[evaluation]
 
-    @abstractmethod
     def evaluation_point(self, state: SamplerState) -> Tensor:
         """Latents [C, H, W] at which the network is to be asked next, at `sigma_at(...)`."""
+        return state.latents
 
     @abstractmethod
     def step(self, state: SamplerState, velocity: Tensor) -> SamplerState:

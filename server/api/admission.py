@@ -1,7 +1,7 @@
 """Refuses at the door what the service cannot serve: unknown models and too much work at once."""
 
 from server.api.context import ApiContext
-from server.api.schemas import GenerateBody, InvalidFields, printable, resolved
+from server.api.schemas import GenerateBody, InvalidFields, printable, resolved, resolved_sigmas
 from server.errors import ModelNotReady, UnknownModel
 from server.protocol import DEFAULT_POOL, ModelInfo
 
@@ -35,6 +35,18 @@ def _number(body: GenerateBody, info: ModelInfo, field: str, default: int) -> in
     return default if value is None else int(value)
 
 
+def evaluations(body: GenerateBody, info: ModelInfo) -> int:
+    """How many denoising steps a checked body comes to: times the network is asked per picture."""
+    sampler = resolved(body, info, "sampler")
+    sigmas = resolved_sigmas(body, info)
+    intervals = _number(body, info, "num_inference_steps", info.default_steps)
+    if sigmas is not None:
+        intervals = len(sigmas)
+    elif sampler != "dpm" and resolved(body, info, "time_grid") == "official":
+        intervals -= 1  # the official grid counts points
+    return 2 * intervals if sampler == "midpoint" else intervals
+
+
 def price(body: GenerateBody, info: ModelInfo) -> int:
     """The estimated device time of a checked body in milliseconds, at least 1.
 
@@ -42,12 +54,12 @@ def price(body: GenerateBody, info: ModelInfo) -> int:
     """
     width = _number(body, info, "width", info.default_width)
     height = _number(body, info, "height", info.default_height)
-    steps = _number(body, info, "num_inference_steps", info.default_steps)
+    steps = evaluations(body, info)
     num_images = body.num_images or 1
     pixel_steps = width * height * steps * num_images
     if pixel_steps > MAX_PIXEL_STEPS:
         sentence = (
-            f"width x height x num_images x num_inference_steps must be at most "
+            f"width x height x num_images x evaluations of the network must be at most "
             f"{MAX_PIXEL_STEPS}, got {width} x {height} x {num_images} x {steps} = {pixel_steps}"
         )
         raise InvalidFields([("num_images", sentence)])

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.admission import find_model, price
+from server.api.answers import JobAnswer, job_answer
 from server.api.context import ApiContext, context_of, promptly
 from server.api.jobs import image_response
 from server.api.negotiation import read_json, read_prefer, wanted_format
@@ -18,9 +19,7 @@ from server.api.schemas import (
     MAX_SEED,
     GenerateBody,
     InvalidFields,
-    JobAnswer,
     check_against_model,
-    job_answer,
     job_spec,
     parse_generate,
 )

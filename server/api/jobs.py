@@ -7,8 +7,9 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from server.api.answers import JobAnswer, job_answer
 from server.api.context import ApiContext, context_of, promptly
-from server.api.schemas import JobAnswer, job_answer, printable
+from server.api.schemas import printable
 from server.errors import NotFound
 from server.protocol import DEFAULT_TENANT, MEDIA_TYPES, ImageRef, JobRecord, is_job_id
 

@@ -1,4 +1,4 @@
-"""Bodies of the HTTP API: what `POST /generate` takes, what a job answers, and the checks between.
+"""The body of `POST /generate`: what it takes, and the checks before it becomes a job.
 
 Every field's description says what is allowed; the same words make the refusal, so a caller reads
 one sentence that names the field, the allowed values and what came instead.
@@ -6,21 +6,27 @@ one sentence that names the field, the allowed values and what came instead.
 
 import difflib
 import json
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.errors import InvalidRequest
-from server.protocol import JobRecord, JobSpec, JobStatus, ModelInfo, OutputFormat, Priority
+from server.protocol import JobSpec, ModelInfo, OutputFormat, Priority
 
 MAX_TEXT = 4096
 MAX_IMAGES = 8
 MAX_SEED = 2**53 - 9  # image k of a job uses seed + k, and 2**53 - 1 is the last exact JSON integer
+MAX_SIGMAS = 1000
+MIN_SIGMA_STEP = 1e-5
+MAX_PANEL_TEXT = 100
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_TEXT = 512
 MAX_UNKNOWN = 8  # unknown fields that an answer names: finding the nearest name takes time
+
+SCHEDULE = ("num_inference_steps", "shift", "time_grid")  # what sigmas replaces
 
 # Names other servers use for our fields; a plain nearest-spelling search would miss them.
 _OTHER_NAMES = {
@@ -47,6 +53,15 @@ class InvalidFields(InvalidRequest):
         self.fields = fields
 
 
+class PanelBody(BaseModel):
+    """The slots of the template `panel`: what is drawn beside the picture, and in which half."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+    position: Literal["lower half", "upper half", "left half", "right half"] = "lower half"
+    content: str = Field("depth map", min_length=1, max_length=MAX_PANEL_TEXT)
+
+
 _Scalar = Annotated[str, Field(max_length=MAX_METADATA_TEXT)] | int | float | bool | None
 _MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 
@@ -70,6 +85,15 @@ class GenerateBody(BaseModel):
         max_length=MAX_TEXT,
         description=f"the name of a template, or a text of at most {MAX_TEXT} characters",
     )
+    negative_template: bool | None = Field(
+        None, description="true or false: whether the system prompt precedes negative_prompt too"
+    )
+    panel: PanelBody | None = Field(
+        None,
+        description="an object with position ('lower half', 'upper half', 'left half' or "
+        f"'right half') and content (a text of 1 to {MAX_PANEL_TEXT} characters), without "
+        "another system_prompt",
+    )
     model: str | None = Field(None, description="the name of a served model")
     width: int | None = Field(
         None, ge=16, multiple_of=16, description="a whole number of pixels, a multiple of 16"
@@ -89,12 +113,22 @@ class GenerateBody(BaseModel):
     seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description=f"a whole number from 0 to {MAX_SEED}"
     )
-    sampler: Literal["euler"] | None = Field(None, description="'euler'")
+    sampler: Literal["euler", "midpoint", "dpm"] | None = Field(
+        None, description="'euler', 'midpoint' or 'dpm'"
+    )
     shift: float | None = Field(
         None, gt=0, le=100, description="a number greater than 0 and at most 100"
     )
     time_grid: Literal["diffusers", "official"] | None = Field(
-        None, description="'diffusers' or 'official'"
+        None, description="'diffusers' or 'official', without sampler 'dpm'"
+    )
+    sigmas: list[float] | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_SIGMAS,
+        description=f"a list of 1 to {MAX_SIGMAS} numbers, the first at most 1, each at least "
+        f"{MIN_SIGMA_STEP:g} below the one before and the last that much above 0, without "
+        "num_inference_steps, shift and time_grid",
     )
     cfg_trunc_ratio: float | None = Field(
         None, ge=0, le=1, description="a number from 0 to 1, without cfg_trunc_t"
@@ -129,10 +163,31 @@ class GenerateBody(BaseModel):
         for name in ("prompt", "negative_prompt", "system_prompt"):
             if "\0" in (getattr(self, name) or ""):
                 raise _field_error(name, f"{name} must not contain a NUL character")
+        if self.panel is not None and "\0" in self.panel.content:
+            raise _field_error("panel", "panel must not contain a NUL character")
+        return self
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
         if self.cfg_trunc_ratio is not None and self.cfg_trunc_t is not None:
             raise _field_error(
                 "cfg_trunc_t", "cfg_trunc_t and cfg_trunc_ratio say the same thing: give only one"
             )
+        if self.panel is not None and self.system_prompt not in (None, "panel"):
+            raise _field_error("panel", "panel fills the template 'panel': leave system_prompt out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_sigmas(self) -> Self:
+        if self.sigmas is None:
+            return self
+        for name in SCHEDULE:
+            if getattr(self, name) is not None:
+                sentence = f"{name} has no say beside sigmas, the schedule itself: give only one"
+                raise _field_error(name, sentence)
+        falls = all(a - b > MIN_SIGMA_STEP / 2 for a, b in pairwise((*self.sigmas, 0.0)))
+        if self.sigmas[0] > 1 or not falls:
+            raise _field_error("sigmas", _must_be("sigmas", self.sigmas))
         return self
 
 
@@ -230,10 +285,7 @@ def check_against_model(body: GenerateBody, info: ModelInfo) -> None:
     if steps is not None and steps > info.max_steps:
         sentence = f"num_inference_steps must be a whole number from 1 to {info.max_steps}"
         wrong.append(("num_inference_steps", f"{sentence}, got {_shown(steps)}"))
-    grid = resolved(body, info, "time_grid")
-    if grid == "official" and resolved(body, info, "num_inference_steps") == 1:
-        sentence = "num_inference_steps must be at least 2 with time_grid 'official', got 1"
-        wrong.append(("num_inference_steps", sentence))
+    wrong += _check_schedule(body, info)
     if body.preset is not None and body.preset not in info.presets:
         offered = ", ".join(sorted(info.presets)) or "none"
         sentence = f"preset must be one that {info.name} has ({offered}), got {_shown(body.preset)}"
@@ -242,109 +294,34 @@ def check_against_model(body: GenerateBody, info: ModelInfo) -> None:
         raise InvalidFields(wrong)
 
 
+def resolved_sigmas(body: GenerateBody, info: ModelInfo) -> Sequence[float] | None:
+    """The sigmas a job will use, or None: then its schedule comes from a step count."""
+    own = {name: getattr(body, name) for name in ("sigmas", *SCHEDULE)}
+    for source in (own, info.presets.get(body.preset or "", {}), info.defaults):
+        if source.get("sigmas") is not None:
+            sigmas: Sequence[float] = source["sigmas"]
+            return sigmas
+        if any(source.get(name) is not None for name in SCHEDULE):
+            return None
+    return None
+
+
+def _check_schedule(body: GenerateBody, info: ModelInfo) -> list[tuple[str, str]]:
+    """What is wrong with solver and schedule together, as (field, sentence)."""
+    if body.sigmas is not None and len(body.sigmas) > info.max_steps:
+        sentence = f"sigmas must be at most {info.max_steps} numbers, got {len(body.sigmas)}"
+        return [("sigmas", sentence)]
+    if resolved(body, info, "sampler") == "dpm":
+        sentence = "time_grid has no say with sampler 'dpm', which has its own: leave it out"
+        return [("time_grid", sentence)] if body.time_grid is not None else []
+    grid, steps = (resolved(body, info, name) for name in ("time_grid", "num_inference_steps"))
+    if grid == "official" and steps == 1 and resolved_sigmas(body, info) is None:
+        sentence = "num_inference_steps must be at least 2 with time_grid 'official', got 1"
+        return [("num_inference_steps", sentence)]
+    return []
+
+
 def job_spec(body: GenerateBody, *, seed: int, output_format: OutputFormat) -> JobSpec:
     """The job of a checked body; `seed` and `output_format` fill what the body left out."""
     fields = body.model_dump(exclude={"priority", "seed", "output_format"}, exclude_none=True)
     return JobSpec(**fields, seed=seed, output_format=output_format)
-
-
-class ErrorAnswer(BaseModel):
-    """Why a job failed: a stable code and one sentence."""
-
-    code: str
-    detail: str
-
-
-class ImageAnswer(BaseModel):
-    """One picture; `url` is a path on this server."""
-
-    url: str
-    sha256: str
-    width: int
-    height: int
-    seed: int
-
-
-class TimingsAnswer(BaseModel):
-    """Seconds spent in each stage."""
-
-    queue_s: float
-    encode_s: float
-    denoise_s: float
-    decode_s: float
-    store_s: float
-    total_s: float
-
-
-class StepsAnswer(BaseModel):
-    """Denoising steps by kind."""
-
-    computed: int
-    skipped: int
-    cfg: int
-
-
-class JobAnswer(BaseModel):
-    """A job as `POST /generate` and `GET /jobs/{id}` report it. Times are RFC 3339, UTC."""
-
-    id: str
-    status: JobStatus
-    error: ErrorAnswer | None
-    position: int | None = Field(description="1 = next of the queued jobs; null unless queued")
-    step: int
-    total: int = Field(description="steps of this job; 0 until a worker has prepared it")
-    attempt: int
-    submitted_at: str
-    started_at: str | None
-    finished_at: str | None
-    expires_at: str | None
-    model: str | None
-    seed: int
-    images: list[ImageAnswer]
-    timings: TimingsAnswer | None
-    steps: StepsAnswer | None
-    warnings: list[str]
-    metadata: dict[str, Any] | None
-
-
-def _when(time_ms: int | None) -> str | None:
-    if time_ms is None:
-        return None
-    text = datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")
-
-
-def job_answer(record: JobRecord) -> JobAnswer:
-    """Return what a caller sees of a job."""
-    result = record.result
-    images = [
-        ImageAnswer(
-            url=f"/jobs/{record.id}/images/{index}",
-            sha256=image.sha256,
-            width=image.width,
-            height=image.height,
-            seed=image.seed,
-        )
-        for index, image in enumerate(result.images if result else ())
-    ]
-    error = record.error
-    return JobAnswer(
-        id=record.id,
-        status=record.status,
-        error=ErrorAnswer(code=error.code, detail=error.detail) if error else None,
-        position=record.position,
-        step=record.step,
-        total=record.total,
-        attempt=record.attempts,
-        submitted_at=_when(record.submitted_ms) or "",
-        started_at=_when(record.started_ms),
-        finished_at=_when(record.finished_ms),
-        expires_at=_when(record.expires_ms),
-        model=result.model if result else record.spec.model,
-        seed=record.spec.seed,
-        images=images,
-        timings=TimingsAnswer(**vars(result.timings)) if result else None,
-        steps=StepsAnswer(**vars(result.steps)) if result else None,
-        warnings=list(result.warnings) if result else [],
-        metadata=record.spec.metadata,
-    )

@@ -33,6 +33,7 @@ class RequestState(Protocol):
     warnings: list[str]
     steps_computed: int
     steps_cfg: int
+    nfe: int
 
     @property
     def step_index(self) -> int:
@@ -45,6 +46,10 @@ class RequestState(Protocol):
     @property
     def num_tokens(self) -> int:
         """Tokens of the next step."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, template included."""
 
 
 class StepPipeline(Protocol):
@@ -79,6 +84,7 @@ class ActiveJob:
             computed=computed,
             skipped=self.state.step_index - computed,
             cfg=self.state.steps_cfg,
+            nfe=self.state.nfe,
         )
 
 

@@ -49,7 +49,7 @@ def load_model(folder: Path) -> LoadedModel:
 
 def describe(pipeline: "Pipeline", folder: Path) -> ModelInfo:
     """Return the limits and defaults of a loaded checkpoint; its step cost is not yet measured."""
-    from model.text_encoder import TEMPLATE_NAMES
+    from model.templates import TEMPLATE_NAMES
 
     config = pipeline.generation_config
     limits = config.limits

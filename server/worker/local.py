@@ -1,12 +1,14 @@
 """The model in this process, without a queue: what `lumina generate` and `lumina inspect` do."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from model import GenerationRequest
 from model.checkpoint import verify_manifest
 from model.pipeline import DenoiseState, Pipeline
+from model.templates import TEMPLATE_NAMES, compose_prompt
 from server.protocol import OutputFormat
 from server.worker.loading import load_model
 from server.worker.output import encode_image, parameters_of
@@ -53,7 +55,8 @@ class Drawing:
         request = self.state.request
         return (
             f"{request.width}x{request.height}, seed {request.seed}, "
-            f"{self.state.num_steps} steps, {self._seconds:.1f} s"
+            f"{self.state.num_steps} steps ({self.state.nfe} evaluations with guidance), "
+            f"{self.state.prompt_tokens} prompt tokens, {self._seconds:.1f} s"
         )
 
 
@@ -83,9 +86,20 @@ def describe_checkpoint(folder: Path) -> list[tuple[str, str]]:
         )
     )
     facts += [("sizes", limits), ("steps", f"1 to {info.max_steps}")]
-    defaults = ", ".join(f"{name} {value}" for name, value in info.defaults.items() if value != "")
-    facts += [("defaults", defaults), ("presets", ", ".join(info.presets) or "none")]
-    return facts
+    facts += [("defaults", _settings_line(info.defaults))]
+    facts += [(f"preset {name}", _settings_line(preset)) for name, preset in info.presets.items()]
+    return [*facts, ("prompt tokens", _token_line(model.pipeline))]
+
+
+def _settings_line(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items() if value != "")
+
+
+def _token_line(pipeline: Pipeline) -> str:
+    """How many tokens a prompt may have, and how many of them each template takes."""
+    encoder = pipeline.text_encoder
+    taken = [f"{name} {encoder.count_tokens(compose_prompt('', name))}" for name in TEMPLATE_NAMES]
+    return f"{encoder.max_tokens}, of which the template takes: {', '.join(taken)}"
 
 
 def _manifest_line(folder: Path) -> str:

@@ -149,4 +149,5 @@ class Output:
             steps=job.steps,
             warnings=tuple(job.state.warnings),
             model=self._model_name,
+            prompt_tokens=job.state.prompt_tokens,
         )

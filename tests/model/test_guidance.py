@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from model.guidance import Guidance
-from model.samplers import make_sigmas
+from model.samplers import make_sampler, make_sigmas
 
 COND, UNCOND = torch.randn(2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
 
@@ -31,6 +32,46 @@ def test_global_renorm_is_the_official_rule(rho):
         expected = expected * (ceiling / expected.norm())
     result = combined(cfg_renorm="global", cfg_renorm_scale=rho)
     torch.testing.assert_close(result, expected)
+
+
+def official_batch(cond, uncond, w, rho):
+    """The official rule in float64 numpy, for one sample after another."""
+    guided = []
+    for c, u in zip(cond.double().numpy(), uncond.double().numpy(), strict=True):
+        g = u + w * (c - u)
+        limit, size = rho * np.sqrt((c**2).sum()), np.sqrt((g**2).sum())
+        guided.append(g * limit / size if rho > 0 and size >= limit else g)
+    return torch.from_numpy(np.stack(guided)).float()
+
+
+def diffusers_batch(cond, uncond, w, normalise):
+    """diffusers' lines on a whole batch [n, C, H, W]."""
+    guided = uncond + w * (cond - uncond)
+    if normalise:
+        cond_norm = torch.norm(cond, dim=-1, keepdim=True)
+        guided = guided * (cond_norm / torch.norm(guided, dim=-1, keepdim=True))
+    return guided
+
+
+@pytest.mark.parametrize("w", [1.5, 4.0, 8.0])
+@pytest.mark.parametrize("rho", [0.7, 1.0, 2.0])
+def test_every_member_of_a_batch_gets_its_own_norms(w, rho):
+    generator = torch.Generator().manual_seed(1)
+    loudness = torch.tensor([0.01, 1.0, 30.0, 1.0]).view(4, 1, 1, 1)
+    cond, uncond = torch.randn(2, 4, 4, 6, 8, generator=generator) * loudness
+    uncond[3] = cond[3]  # nothing to guide: the official rule leaves it, or shrinks it by rho
+    expected = {
+        "global": official_batch(cond, uncond, w, rho),
+        "row": diffusers_batch(cond, uncond, w, True),
+        "none": diffusers_batch(cond, uncond, w, False),
+    }
+    for cfg_renorm, reference in expected.items():
+        guidance = Guidance(guidance_scale=w, cfg_renorm=cfg_renorm, cfg_renorm_scale=rho)
+        for k in range(4):
+            result = guidance.combine(cond[k], uncond[k])
+            torch.testing.assert_close(
+                result, reference[k], rtol=1e-4, atol=1e-5 * loudness[k, 0, 0, 0].item()
+            )
 
 
 def test_the_dialects_differ():
@@ -75,6 +116,25 @@ def test_t_looks_at_the_timestep():
     assert flags == [True] * 33 + [False] * 16
 
 
+def test_both_rules_at_midpoint():
+    """The official rule looks at every evaluation, half points too; diffusers' counts intervals."""
+    sampler = make_sampler("midpoint", time_grid="official", num_inference_steps=18, shift=6.0)
+    count = sampler.num_evaluations
+
+    def flags(**rule):
+        guidance = Guidance(guidance_scale=4.0, **rule)
+        return [
+            guidance.is_guided(
+                sampler.interval_of(k), sampler.num_intervals, 1 - sampler.sigma_at(k)
+            )
+            for k in range(count)
+        ]
+
+    assert flags(cfg_trunc_t=0.25) == [True] * 23 + [False] * 11
+    assert flags(cfg_trunc_ratio=0.5) == [True] * 16 + [False] * 18
+
+
 def test_off_at_scale_one_and_below():
-    for scale in (0.0, 1.0):
+    for scale in (0.0, 0.5, 1.0):
         assert not Guidance(guidance_scale=scale).is_guided(0, 10, 0.0)
+    assert Guidance(guidance_scale=1.01).is_guided(0, 10, 0.0)

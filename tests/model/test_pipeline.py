@@ -5,7 +5,7 @@ import torch
 
 from model import GenerationRequest, load_pipeline
 from model.pipeline import Pipeline
-from model.text_encoder import TEMPLATES
+from model.templates import TEMPLATES
 from tests.model.conftest import max_difference, psnr
 
 PROMPT = "a red circle above a blue square"
@@ -85,12 +85,17 @@ CROWD = [
     {"prompt": "a cat", "cfg_trunc_ratio": 0.4, "width": 16, "height": 128},
     {"prompt": "a dog", "cfg_trunc_t": 0.2, "time_grid": "official", "cfg_renorm": "global"},
     {"prompt": "a red circle", "negative_prompt": "blue", "shift": 3.0, "system_prompt": "empty"},
+    {"prompt": "a red circle", "sampler": "midpoint", "time_grid": "official", "cfg_trunc_t": 0.25},
+    {"prompt": "a blue dot", "sampler": "dpm", "negative_prompt": "red", "num_images": 2},
+    {"prompt": "a tree", "sigmas": [1.0, 0.9, 0.5], "sampler": "midpoint", "width": 32},
+    {"prompt": "a bird", "preset": "official", "num_inference_steps": 5, "panel": {}},
 ]
 
 
 def crowd_requests() -> list[GenerationRequest]:
     base = {"num_inference_steps": STEPS}
-    return [GenerationRequest(seed=10 + i, **(base | s)) for i, s in enumerate(CROWD)]
+    settings = [s if "sigmas" in s else base | s for s in CROWD]
+    return [GenerationRequest(seed=10 + i, **s) for i, s in enumerate(settings)]
 
 
 def test_alone_or_in_a_crowd(pipeline):
@@ -132,7 +137,8 @@ def test_state_counts_steps_and_tokens(pipeline):
         pipeline.denoise_step([state])
     both, single = 2 * (cond + uncond + 2 * image), 2 * (cond + image)
     assert seen == [(0, True, both), (1, True, both), (2, False, single), (3, False, single)]
-    assert (state.steps_computed, state.steps_cfg, state.num_tokens) == (4, 2, 0)
+    assert (state.steps_computed, state.steps_cfg, state.nfe, state.num_tokens) == (4, 2, 6, 0)
+    assert state.prompt_tokens == cond
     assert all(latents.dtype == torch.float32 for latents in state.latents)
 
 
@@ -143,13 +149,14 @@ def test_uncond_is_not_encoded_when_no_step_is_guided(pipeline, settings):
 
 
 def test_warnings_name_what_was_dropped_or_ignored(pipeline):
-    long = "x" * 300
+    long = "x" * 297 + "END"
+    lost = f"the last 45 were dropped, that is {'x' * 42 + 'END'!r}"
     request = GenerationRequest(
         long, negative_prompt=long, system_prompt="empty", cfg_renorm_scale=2.0
     )
     assert pipeline.prepare(request).warnings == [
-        "prompt is longer than 256 tokens: 45 tokens at its end were dropped",
-        "negative_prompt is longer than 256 tokens: 45 tokens at its end were dropped",
+        f"prompt is longer than 256 tokens (template included): {lost}",
+        f"negative_prompt is longer than 256 tokens (template included): {lost}",
         "cfg_renorm_scale 2 has no effect with cfg_renorm 'row'",
     ]
     assert pipeline.prepare(GenerationRequest("a red circle")).warnings == []

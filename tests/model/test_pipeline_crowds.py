@@ -26,6 +26,7 @@ def requests(draw):
         num_inference_steps=draw(st.integers(1, 6)),
         guidance_scale=draw(st.sampled_from((1.0, 2.0, 4.0))),
         shift=draw(st.sampled_from((1.0, 6.0))),
+        sampler=draw(st.sampled_from(("euler", "midpoint", "dpm"))),
         cfg_renorm=draw(st.sampled_from(("none", "global", "row"))),
         **truncation,
     )

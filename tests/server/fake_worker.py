@@ -40,7 +40,7 @@ MODEL = ModelInfo(
     max_prompt_tokens=64,
     step_cost_ms=10.0,
     defaults={"guidance_scale": 4.0},
-    presets={"fast": {"num_inference_steps": 8}},
+    presets={"fast": {"num_inference_steps": 8}, "flow": {"sampler": "dpm"}},
     templates=("real",),
 )
 
@@ -104,9 +104,10 @@ class FakeWorker:
             timings=Timings(
                 queue_s=0.1, encode_s=0.0, denoise_s=0.2, decode_s=0.0, store_s=0.0, total_s=0.3
             ),
-            steps=StepCounts(computed=20, skipped=0, cfg=20),
+            steps=StepCounts(computed=20, skipped=0, cfg=20, nfe=40),
             warnings=("a warning",) if spec.prompt == "warn" else (),
             model=MODEL.name,
+            prompt_tokens=len(spec.prompt.split()),
         )
         await self.queue.complete(claim, result)
 

@@ -51,7 +51,9 @@ def test_presets_tell_what_the_model_offers(redis_url: str, tmp_path: Path) -> N
                 "max_steps": 50, "max_images": 8, "max_prompt_tokens": 64,
             }  # fmt: skip
             assert offer["defaults"]["num_inference_steps"] == 20
-            assert offer["presets"] == {"fast": {"num_inference_steps": 8}}
+            assert offer["presets"] == {
+                "fast": {"num_inference_steps": 8}, "flow": {"sampler": "dpm"},
+            }  # fmt: skip
 
     asyncio.run(scenario())
 

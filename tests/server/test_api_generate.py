@@ -26,7 +26,8 @@ def test_waits_for_the_picture(redis_url: str, tmp_path: Path) -> None:
             assert set(job["timings"]) == {
                 "queue_s", "encode_s", "denoise_s", "decode_s", "store_s", "total_s",
             }  # fmt: skip
-            assert job["steps"] == {"computed": 20, "skipped": 0, "cfg": 20}
+            assert job["steps"] == {"computed": 20, "skipped": 0, "cfg": 20, "nfe": 40}
+            assert job["prompt_tokens"] == 3
             (image,) = job["images"]
             assert (image["width"], image["height"], image["seed"]) == (64, 128, 7)
 

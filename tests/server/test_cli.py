@@ -65,6 +65,14 @@ def one_line(capsys: Capture) -> str:
         (["generate", "x", "-o", "a.png", "--model", ".", "--seed", "1.5"], ["--seed"]),
         (["generate", "x", "-o", "a.png", "--model", ".", "--width", "100"], ["width 100"]),
         (["generate", "", "-o", "a.png", "--model", "."], ["prompt"]),
+        (["generate", "x", "-o", "a.png", "--model", ".", "--set", "sampler"], ["FIELD=VALUE"]),
+        (["generate", "x", "-o", "a.png", "--model", ".", "--set", "sampler=heun"], ["'dpm'"]),
+        (["generate", "x", "-o", "a.png", "--model", ".", "--set", "shft=3"], ["'shift'"]),
+        (["generate", "x", "-o", "a.png", "--model", ".", "--set", "shift=null"], ["shift None"]),
+        (
+            ["generate", "x", "-o", "a.png", "--model", ".", "--width", "64", "--set", "width=64"],
+            ["width", "twice"],
+        ),
         (["inspect", "/no/such/file"], ["/no/such/file"]),
     ],
 )
@@ -130,7 +138,8 @@ def test_generate_draws_the_same_picture_twice(
         ]  # fmt: skip
         assert cli.main(argv) == 0
         out = capsys.readouterr().out
-        assert "48x32, seed 5, 3 steps" in out
+        assert "48x32, seed 5, 3 steps (6 evaluations with guidance), " in out
+        assert " prompt tokens, " in out
     assert files[0].read_bytes() == files[1].read_bytes()
     with Image.open(files[0]) as picture:
         assert picture.size == (48, 32)
@@ -162,6 +171,11 @@ def test_inspect_a_checkpoint(checkpoint: Path, capsys: Capture) -> None:
     assert "32 to 128 pixels in steps of 16" in told
     assert "manifest" in told
     assert "num_inference_steps 2" in told
+    lines = {line[:17].strip(): line for line in told.splitlines()}
+    assert "sampler midpoint" in lines["preset official"]
+    assert "sampler euler" in lines["preset diffusers"]
+    assert lines["preset quick"].endswith("num_inference_steps 1")
+    assert "256, of which the template takes: base " in lines["prompt tokens"]
 
 
 def test_inspect_pictures_that_say_nothing(tmp_path: Path, capsys: Capture) -> None:

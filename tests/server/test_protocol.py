@@ -16,13 +16,25 @@ from server.protocol import (
 
 
 def test_messages_survive_json():
-    spec = JobSpec(prompt='ein "rotes" Quadrat ☂', seed=2**53 - 9, metadata={"a": [1, None]})
+    spec = JobSpec(
+        prompt='ein "rotes" Quadrat ☂',
+        seed=2**53 - 9,
+        metadata={"a": [1, None]},
+        sigmas=[1.0, 0.5],
+        panel={"content": "edge map"},
+        negative_template=True,
+    )
     assert JobSpec.from_json(spec.to_json()) == spec
     image = ImageRef(path="p", sha256="0", width=16, height=16, seed=1, format="png")
     timings = Timings(queue_s=1, encode_s=2, denoise_s=3, decode_s=4, store_s=5, total_s=15)
     steps = StepCounts(computed=1, skipped=2, cfg=1)
     result = JobResult(images=(image,), timings=timings, steps=steps, warnings=("w",), model="m")
     assert JobResult.from_json(result.to_json()) == result
+
+
+def test_results_of_an_older_worker_can_be_read():
+    text = '{"computed":3,"skipped":0,"cfg":2}'
+    assert StepCounts.from_json(text) == StepCounts(computed=3, skipped=0, cfg=2, nfe=0)
 
 
 def test_fields_of_a_newer_writer_are_ignored():

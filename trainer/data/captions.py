@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.text_encoder import MAX_TOKENS, compose_prompt, load_gemma, load_tokenizer
+from model.templates import compose_prompt
+from model.text_encoder import MAX_TOKENS, load_gemma, load_tokenizer
 from trainer.demo.grammar import caption
 from trainer.demo.scenes import Scene
 from trainer.precision import mixed_precision

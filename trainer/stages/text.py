@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model, GemmaTokenizer
 
-from model.text_encoder import MAX_TOKENS, PROMPT_MARKER, TEMPLATES, compose_prompt
+from model.templates import PROMPT_MARKER, TEMPLATES, compose_prompt
+from model.text_encoder import MAX_TOKENS
 from trainer.config import TextConfig
 from trainer.demo.grammar import LEVELS, caption
 from trainer.demo.scenes import (

@@ -83,6 +83,7 @@ def test_steps_are_counted(engine):
         engine.step(batch)
     (decoded,), _ = engine.decode(batch.keys)
     assert (decoded.job.steps.computed, decoded.job.steps.skipped) == (2, 0)
+    assert decoded.job.steps.nfe == 2
 
 
 def test_abort_gives_the_claim_back(engine):

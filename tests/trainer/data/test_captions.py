@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.text_encoder import MAX_TOKENS, TextEncoder, compose_prompt
+from model.templates import compose_prompt
+from model.text_encoder import MAX_TOKENS, TextEncoder
 from tests.tiny_checkpoint import make_tiny_checkpoint
 from trainer.data.captions import CHUNK, CaptionEncoder, CaptionSampler
 from trainer.demo.grammar import LEVELS, caption
