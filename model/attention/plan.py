@@ -54,10 +54,10 @@ def probe(plan: Plan, device: torch.device, dtype: torch.dtype, head_dim: int) -
     Raises:
         UnavailableError: with the first line of what the kernel said.
     """
-    layout = Layout.of([5, 2, 3], device)
-    q = torch.ones(layout.num_tokens, 3, head_dim, device=device, dtype=dtype)
-    k = torch.ones(layout.num_tokens, 1, head_dim, device=device, dtype=dtype)
     try:
+        layout = Layout.of([5, 2, 3], device)
+        q = torch.ones(layout.num_tokens, 3, head_dim, device=device, dtype=dtype)
+        k = torch.ones(layout.num_tokens, 1, head_dim, device=device, dtype=dtype)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's list of what each kernel would have wanted
             out = plan(layout)(q, k, k)

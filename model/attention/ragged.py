@@ -57,7 +57,8 @@ class XformersAttend:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """See `Attend`."""
-        out: Tensor = self.kernel(*grouped_views(q, k, v), attn_bias=self.mask)
+        views = repeated_views if _needs_gradients(q, k, v) else grouped_views
+        out: Tensor = self.kernel(*views(q, k, v), attn_bias=self.mask)
         return out.reshape(q.shape)
 
 
@@ -71,6 +72,20 @@ def grouped_views(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     query = q.unflatten(1, (k.shape[1], groups))[None]
     key, value = (x[None, :, :, None].expand(-1, -1, -1, groups, -1) for x in (k, v))
     return query, key, value
+
+
+def repeated_views(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All three as ``[1, T, heads, head_dim]``, keys and values repeated.
+
+    xformers has no backward for grouped queries.
+    """
+    groups = q.shape[1] // k.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1)[None] for x in (k, v))
+    return q[None], key, value
+
+
+def _needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def open_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Plan:
@@ -122,7 +137,7 @@ def plan_varlen(kernel: Callable[..., Any], options: dict[str, Any], layout: Lay
 
 def activate_flash_3(device: torch.device) -> bool:
     """Make torch use FlashAttention 3 on a Hopper GPU where it is installed; says whether."""
-    if torch.cuda.get_device_capability(device) != (9, 0) or find_spec(FLASH_3_MODULE) is None:
+    if find_spec(FLASH_3_MODULE) is None or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
         from torch.nn.attention import activate_flash_attention_impl
