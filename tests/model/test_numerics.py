@@ -7,7 +7,13 @@ import torch
 
 from model.next_dit import NextDiT
 from model.precision import PRECISIONS, default_precision, precision_name, precision_named
-from tests.model.references import make_reference, ragged_batch, reference_velocity, relative_l2
+from tests.model.references import (
+    PLAIN,
+    make_reference,
+    ragged_batch,
+    reference_velocity,
+    relative_l2,
+)
 
 DEEP = {"heads": 4, "kv_heads": 2, "axes": (8, 8, 8), "num_layers": 12}
 DEVICES = [
@@ -82,14 +88,15 @@ def test_low_precision_is_no_worse_than_that_of_diffusers(folder, reference, exp
     theirs = mean_error(velocities_of(low, torch.bfloat16), expected)
     bf16, mixed = (error_of(load(folder, name, device), expected) for name in ("bf16", "mixed"))
     assert 1e-3 < theirs < 0.2, "a comparison that says nothing"
-    assert bf16 <= theirs
-    assert mixed <= 0.75 * bf16
+    assert bf16 <= 1.25 * theirs  # measured: 0.96 on a CPU
+    assert mixed <= 0.75 * bf16  # measured: 0.62
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "bound"), [("fp32", 1e-5), ("bf16", 4e-2), ("mixed", 2e-2)])
+@pytest.mark.parametrize(("name", "bound"), [("fp32", 3e-6), ("bf16", 1.3e-2), ("mixed", 8e-3)])
 @torch.inference_mode()
 def test_alone_or_in_a_crowd(folder, name, bound, device):
+    """No further apart than from float64. A CPU that emulates bf16 gives the same bits."""
     dit = load(folder, name, device)
     latents, timesteps, prompts = ragged_batch()
     for i, velocity in enumerate(dit(latents, timesteps, prompts)):
@@ -123,26 +130,25 @@ def test_only_the_joint_blocks_have_a_wide_residual(folder, name, refined, strea
     assert {v.dtype for v in velocities} == {refined}
 
 
+def sinusoid(t: torch.Tensor) -> torch.Tensor:
+    angles = t.double() * 10_000 ** (-torch.arange(128).double() / 128)
+    return torch.cat((angles.cos(), angles.sin()))
+
+
 @pytest.mark.parametrize("name", PRECISIONS)
 @torch.inference_mode()
 def test_the_timestep_reaches_the_sinusoid_unrounded(folder, name):
-    dit = load(folder, name)
-    t = 0.7012  # bf16 has 0.6992 and 0.7031
+    embedder = load(folder, name).time_embedder
     seen = []
-    dit.time_embedder.linear_1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    latents, _, prompts = ragged_batch()
-    dit(latents[:1], torch.tensor([t]), prompts[:1])
-    wide = torch.tensor([t]).double() * 10_000 ** (-torch.arange(128).double() / 128)
-    sinusoid = torch.cat((wide.cos(), wide.sin()))
-    torch.testing.assert_close(
-        seen[0][0].double(),
-        sinusoid,
-        rtol=2**-8 if dit.dtype == torch.bfloat16 else 1e-6,
-        atol=1e-7,
-    )
-    rounded = torch.tensor([t]).bfloat16().double() * 10_000 ** (-torch.arange(128).double() / 128)
-    off = torch.cat((rounded.cos(), rounded.sin()))
-    assert (seen[0][0].double() - sinusoid).norm() < 0.7 * (seen[0][0].double() - off).norm()
+    embedder.linear_1.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
+    t = torch.tensor([0.7012])  # bf16 has 0.6992 and 0.7031
+    embedder(t)
+    if name == "fp32":
+        torch.testing.assert_close(seen[0].double(), sinusoid(t), rtol=1e-6, atol=1e-7)
+    else:
+        right, off = (sinusoid(x).bfloat16() for x in (t, t.bfloat16()))
+        assert (seen[0] == right).double().mean() > 0.99
+        assert (seen[0] == off).double().mean() < 0.9
 
 
 def test_normalised_heads_have_their_own_eps():
@@ -155,14 +161,14 @@ def test_normalised_heads_have_their_own_eps():
 
 @pytest.mark.parametrize("name", PRECISIONS)
 @torch.inference_mode()
-def test_what_is_saved_loads_in_every_precision(folder, tmp_path, name):
-    dit = load(folder, name)
-    dit.save_pretrained(tmp_path / "same")
-    dit.save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
-    for saved in ("same", "half"):  # all weights are bf16 numbers, so nothing is lost either way
-        again = load(tmp_path / saved, name)
-        for a, b in zip(dit(*ragged_batch()), again(*ragged_batch()), strict=True):
-            assert torch.equal(a, b)
+def test_what_is_saved_loads_in_every_precision(tmp_path, name):
+    make_reference(**PLAIN).bfloat16().float().save_pretrained(tmp_path / "theirs")
+    dit = load(tmp_path / "theirs", name)
+    batch = tuple(part[3:4] for part in ragged_batch())
+    expected = dit(*batch)[0]
+    for dtype in (None, torch.bfloat16):  # the weights are bf16 numbers: nothing is lost either way
+        dit.save_pretrained(tmp_path / "ours", dtype=dtype)
+        assert torch.equal(load(tmp_path / "ours", name)(*batch)[0], expected)
 
 
 def test_names():
@@ -191,10 +197,10 @@ def test_a_forward_never_waits_for_the_gpu(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fp32", "mixed"])
 @torch.inference_mode()
-def test_the_joint_blocks_are_one_graph(folder, name):
-    dit = load(folder, name)
+def test_the_joint_blocks_are_one_graph(tmp_path):
+    make_reference(**PLAIN).save_pretrained(tmp_path)
+    dit = load(tmp_path, "mixed")
     latents, timesteps, prompts = ragged_batch()
     packed = dit.embed(latents, timesteps, dit.encode_context(prompts))
     compiled = torch.compile(dit.blocks, backend="eager", fullgraph=True)
