@@ -101,7 +101,7 @@ def open_varlen(device: torch.device, dtype: torch.dtype, head_dim: int) -> Plan
             return _tried_varlen(varlen_attn, options, device, dtype, head_dim)
         except UnavailableError as error:
             log.warning("FlashAttention 3 is installed but not used: %s", error)
-            torch.nn.attention.restore_flash_attention_impl()
+            _restore_flash_2()
     return _tried_varlen(varlen_attn, options, device, dtype, head_dim)
 
 
@@ -147,6 +147,14 @@ def activate_flash_3(device: torch.device) -> bool:
         log.warning("FlashAttention 3 is installed but not used: %s", error)
         return False
     return True
+
+
+def _restore_flash_2() -> None:
+    try:
+        from torch.nn.attention import restore_flash_attention_impl
+    except ImportError:
+        raise UnavailableError("FlashAttention 3 is active and fails; uninstall it") from None
+    restore_flash_attention_impl()
 
 
 def open_xformers(device: torch.device, dtype: torch.dtype, head_dim: int) -> Plan:

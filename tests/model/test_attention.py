@@ -318,6 +318,26 @@ def test_the_choice_is_logged_once(monkeypatch, caplog):
     assert [r.getMessage() for r in caplog.records] == ["attention: sdpa for torch.float32 on cpu"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sdpa", "cudnn", "varlen"])
+def test_attending_is_one_graph(name):
+    from torch.nn.attention.varlen import varlen_attn
+
+    device = "meta" if name == "varlen" else "cpu"
+    layout = Layout.of([3, 3, 5, 1], device)
+    attend = {
+        "sdpa": plan_sdpa(layout),
+        "cudnn": CudnnAttend(layout.runs),
+        "varlen": plan_varlen(varlen_attn, known_options(varlen_attn), layout),
+    }[name]
+    q, k, v = (x.to(device) for x in draw(16, lengths=[3, 3, 5, 1]))
+    compiled = torch.compile(lambda *qkv: attend(*qkv), backend="eager", fullgraph=True)
+    out = compiled(q, k, v)
+    assert out.shape == q.shape
+    if device == "cpu":
+        assert torch.equal(out, attend(q, k, v))
+
+
 @pytest.mark.gpu
 @no_gpu
 @pytest.mark.parametrize("name", BACKENDS)
