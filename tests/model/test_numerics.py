@@ -130,6 +130,27 @@ def test_only_the_joint_blocks_have_a_wide_residual(folder, name, refined, strea
     assert {v.dtype for v in velocities} == {refined}
 
 
+def test_training_under_autocast_has_a_wide_stream_and_narrow_attention(tmp_path):
+    make_reference(**PLAIN).save_pretrained(tmp_path)
+    dit = NextDiT.from_pretrained(tmp_path).requires_grad_(True)
+    batch = tuple(part[3:4] for part in ragged_batch())
+    attended = []
+    dit.layers[1].attention.out.register_forward_pre_hook(
+        lambda _, args: attended.append(args[0].dtype)
+    )
+    exact = dit(*batch)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert dit.blocks(dit.embed(*batch[:2], dit.encode_context(batch[2]))).hidden.dtype == (
+            torch.float32
+        )
+        velocity = dit(*batch)[0]
+    assert attended == [torch.float32, torch.bfloat16, torch.bfloat16]
+    assert relative_l2(velocity.detach(), exact.detach()) < 0.03
+    velocity.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in dit.parameters() if p.grad is not None)
+    assert dit.layers[0].attention.qkv.weight.grad.norm() > 0
+
+
 def sinusoid(t: torch.Tensor) -> torch.Tensor:
     angles = t.double() * 10_000 ** (-torch.arange(128).double() / 128)
     return torch.cat((angles.cos(), angles.sin()))
