@@ -45,6 +45,7 @@ def qk_norm_rope(
     Returns:
         q and k in their shapes and the dtype they came in.
     """
-    rotated_q = rotate_ref(rms_norm(q, q_weight, eps), cos, sin).to(q.dtype)
-    rotated_k = rotate_ref(rms_norm(k, k_weight, eps), cos, sin).to(k.dtype)
+    # fp32 weights keep the normalised heads in fp32, so that they are rounded once, after turning.
+    rotated_q = rotate_ref(rms_norm(q, q_weight.float(), eps), cos, sin).to(q.dtype)
+    rotated_k = rotate_ref(rms_norm(k, k_weight.float(), eps), cos, sin).to(k.dtype)
     return rotated_q, rotated_k

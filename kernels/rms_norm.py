@@ -5,9 +5,11 @@ from torch import Tensor
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Normalise the last axis by its root mean square; statistics in fp32.
+    """Normalise the last axis by its root mean square; fp32 inside, rounded once at the end.
 
-    ``y = x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019).
+    ``y = x / sqrt(mean(x^2) + eps) * weight`` (Zhang and Sennrich 2019). Input and weight may
+    differ in dtype: a wide residual stream with narrow weights gives what a narrow matrix product
+    takes, and a narrow x with wide weights what a wide stream is added to.
 
     Args:
         x: ``[..., D]``, any floating dtype.
@@ -19,7 +21,7 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     x32 = x.float()
     normed = x32 * torch.rsqrt(x32.square().mean(dim=-1, keepdim=True) + eps)
-    return normed.to(weight.dtype) * weight
+    return (normed * weight).to(weight.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

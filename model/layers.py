@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
-from model.attention import packed_attention
+from model.attention import Attend
 from model.config import FREQUENCY_DIM, NextDiTConfig
-from model.packing import Layout
 
 QK_NORM_EPS = 1e-5  # fixed, whatever norm_eps says: diffusers and the released weights agree on it
 FINAL_NORM_EPS = 1e-6
@@ -46,12 +45,12 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, QK_NORM_EPS)
         self.k_norm = RMSNorm(self.head_dim, QK_NORM_EPS)
 
-    def forward(self, x: Tensor, layout: Layout, cos: Tensor, sin: Tensor) -> Tensor:
-        """``[T, d]`` to ``[T, d]``."""
+    def forward(self, x: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
+        """``[T, d]`` to ``[T, d]``; ``attend`` is the plan of an attention backend."""
         qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, QK_NORM_EPS)
-        out: Tensor = self.out(packed_attention(q, k, v, layout).flatten(1))
+        out: Tensor = self.out(attend(q, k, v).flatten(1))
         return out
 
 
@@ -86,7 +85,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        layout: Layout,
+        attend: Attend,
         cos: Tensor,
         sin: Tensor,
         time_embedding: Tensor | None = None,
@@ -95,47 +94,53 @@ class Block(nn.Module):
         """``[T, d]`` to ``[T, d]``.
 
         Args:
-            x: the residual stream.
-            layout: of the T tokens.
+            x: the residual stream, in the dtype of the weights or a wider one, which it keeps.
+            attend: attention inside the sequences of the T tokens.
             cos: ``[T, head_dim / 2]`` fp32.
             sin: ``[T, head_dim / 2]`` fp32.
             time_embedding: ``[n, e]`` after SiLU; modulated blocks only.
             sequence_index: ``[T]``; modulated blocks only.
         """
         if self.modulation is None:
-            attended = self.attention(self.attention_norm1(x), layout, cos, sin)
+            attended = self.attention(self.attention_norm1(x), attend, cos, sin)
             x = x + self.attention_norm2(attended)
             refined: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
             return refined
         assert time_embedding is not None
         assert sequence_index is not None
-        scaled_1, gated_1, scaled_2, gated_2 = self._modulated_weights(
-            time_embedding, sequence_index
+        scaled_1, scaled_2, gated_1, gated_2 = self._modulated_weights(
+            time_embedding, sequence_index, x.dtype
         )
-        attended = self.attention(self.attention_norm1(x, scaled_1), layout, cos, sin)
+        attended = self.attention(self.attention_norm1(x, scaled_1), attend, cos, sin)
         x = x + self.attention_norm2(attended, gated_1)
         out: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x, scaled_2)), gated_2)
         return out
 
     def _modulated_weights(
-        self, time_embedding: Tensor, sequence_index: Tensor
+        self, time_embedding: Tensor, sequence_index: Tensor, residual: torch.dtype
     ) -> tuple[Tensor, ...]:
-        """Norm weights of every token, ``[T, d]`` each, with scales and gates folded in.
+        """Norm weights of every token, ``[T, d]`` each: two with scales folded in, two with gates.
 
         ``RMS(x) w (1 + s)`` and ``tanh(g) (RMS(x) w)`` are one multiplication per token this way.
+        They are folded in fp32 and rounded once: to what the matrix products take, and for what is
+        added to the residual stream to that stream's dtype, if it is the wider one.
         """
         assert self.modulation is not None
-        scale_1, gate_1, scale_2, gate_2 = self.modulation(time_embedding).chunk(4, dim=-1)
-        weights = torch.cat(
-            (
-                self.attention_norm1.weight * (1 + scale_1),
-                self.attention_norm2.weight * gate_1.tanh(),
-                self.ffn_norm1.weight * (1 + scale_2),
-                self.ffn_norm2.weight * gate_2.tanh(),
-            ),
+        scale_1, gate_1, scale_2, gate_2 = self.modulation(time_embedding).float().chunk(4, dim=-1)
+        own = self.attention_norm1.weight.dtype
+        scaled = torch.cat(
+            (self.attention_norm1.weight * (1 + scale_1), self.ffn_norm1.weight * (1 + scale_2)),
             dim=-1,
+        ).to(own)
+        gated = torch.cat(
+            (self.attention_norm2.weight * gate_1.tanh(), self.ffn_norm2.weight * gate_2.tanh()),
+            dim=-1,
+        ).to(torch.promote_types(own, residual))
+        return tuple(
+            part
+            for weights in (scaled, gated)
+            for part in weights.index_select(0, sequence_index).chunk(2, dim=-1)
         )
-        return weights.index_select(0, sequence_index).chunk(4, dim=-1)
 
 
 class TimestepEmbedder(nn.Module):
@@ -180,7 +185,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, time_embedding: Tensor, sequence_index: Tensor) -> Tensor:
         """``[T, d]``, ``[n, e]`` after SiLU and ``[T]`` to ``[T, patch_dim]``."""
-        scale = self.modulation(time_embedding).index_select(0, sequence_index)
-        normed = F.layer_norm(x, x.shape[-1:], eps=FINAL_NORM_EPS)
-        out: Tensor = self.linear(normed * (1 + scale))
+        scale = self.modulation(time_embedding).float().index_select(0, sequence_index)
+        normed = F.layer_norm(x.float(), x.shape[-1:], eps=FINAL_NORM_EPS)
+        out: Tensor = self.linear((normed * (1 + scale)).to(self.linear.weight.dtype))
         return out

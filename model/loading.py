@@ -16,6 +16,7 @@ from model.checkpoint import CheckpointError, read_json, verify_manifest
 from model.generation_config import load_generation_config
 from model.next_dit import NextDiT
 from model.pipeline import Pipeline
+from model.precision import Precision, precision_named
 from model.request import SIZE_MULTIPLE
 from model.text_encoder import MAX_TOKENS, TextEncoder
 from model.vae import VAE
@@ -46,6 +47,7 @@ def load_pipeline(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    precision: str | None = None,
 ) -> Pipeline:
     """Load a checkpoint folder; its `manifest.json`, where present, is verified first.
 
@@ -53,17 +55,23 @@ def load_pipeline(
         folder: holds `model_index.json`.
         device: where everything runs.
         dtype: of all weights; latents between steps stay float32.
+        precision: a name of `model.precision.PRECISIONS`; where given, `dtype` does not count.
 
     Raises:
         CheckpointError: one line naming the file and the fault.
+        ValueError: one sentence on the precision, or on an attention backend that is forced.
     """
     folder = Path(folder)
+    chosen = Precision(dtype, dtype) if precision is None else precision_named(precision)
+    dtype = chosen.weights
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint folder")
     _check_index(folder)
     verify_manifest(folder)
     shift = _read_shift(folder / "scheduler" / "scheduler_config.json")
-    dit = NextDiT.from_pretrained(folder / "transformer", device=device, dtype=dtype)
+    dit = NextDiT.from_pretrained(
+        folder / "transformer", device=device, dtype=dtype, residual_dtype=chosen.residual
+    )
     vae = VAE.from_pretrained(folder / "vae", device=device, dtype=dtype)
     text_encoder = TextEncoder.from_pretrained(
         folder,
@@ -72,6 +80,7 @@ def load_pipeline(
         max_tokens=min(MAX_TOKENS, dit.config.max_caption_tokens),
     )
     _check_fit(dit, vae, text_encoder)
+    _ = dit.attention  # chosen, and refused, now rather than at the first picture
     generation_config = load_generation_config(
         folder,
         shift=shift,

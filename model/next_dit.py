@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import checkpoint
+from model.attention import Backend, choose_backend
 from model.config import NextDiTConfig
 from model.layers import Block, CaptionEmbedder, FinalLayer, TimestepEmbedder
-from model.packing import Layout, PackedSequences, RotaryTables
+from model.packing import Layout, PackedSequences, RotaryTables, upload
+from model.precision import precision_name
 
 
 class NextDiT(nn.Module):
@@ -27,11 +29,15 @@ class NextDiT(nn.Module):
 
     The forward is four public stages, because serving runs them apart: the context once per
     request, and the joint blocks only where a cached result cannot stand in.
+
+    Attributes:
+        residual_dtype: of the stream through the joint blocks; None: what the weights make of it.
     """
 
     def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.residual_dtype: torch.dtype | None = None
         self.x_embedder = nn.Linear(config.patch_dim, config.hidden_size)
         self.time_embedder = TimestepEmbedder(config.modulation_dim)
         self.caption_embedder = CaptionEmbedder(config)
@@ -54,6 +60,23 @@ class NextDiT(nn.Module):
     def dtype(self) -> torch.dtype:
         """Of the weights."""
         return self.x_embedder.weight.dtype
+
+    @property
+    def precision(self) -> str:
+        """The name of its arithmetic, as in `model.precision`."""
+        return precision_name(self.dtype, self.residual_dtype or self.dtype)
+
+    @property
+    def attention(self) -> Backend:
+        """What attends on the device and in the dtype at hand.
+
+        Raises:
+            ValueError: one sentence, when the environment forces a backend that cannot be used.
+        """
+        device, dtype = self.device, self.dtype
+        if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return choose_backend(device, dtype, self.config.head_dim)
 
     def forward(
         self, latents: Sequence[Tensor], timesteps: Tensor, prompt_embeds: Sequence[Tensor]
@@ -92,12 +115,12 @@ class NextDiT(nn.Module):
                     f"[tokens, {self.config.cap_feat_dim}]"
                 )
         lengths = [features.shape[0] for features in prompt_embeds]
-        layout = Layout.of(lengths)
+        attend = self.attention.plan(Layout.of(lengths, self.device))
         tables = [self.rotary.caption(length, self.device) for length in lengths]
         cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
         hidden = self.caption_embedder(torch.cat(list(prompt_embeds)).to(self.device, self.dtype))
         for block in self.context_refiner:
-            hidden = block(hidden, layout, cos, sin)
+            hidden = block(hidden, attend, cos, sin)
         return list(hidden.split(lengths))
 
     def embed(
@@ -118,26 +141,32 @@ class NextDiT(nn.Module):
         latents = [latents[i] for i in order]
         contexts = [contexts[i] for i in order]
         grids = [(x.shape[1] // p, x.shape[2] // p) for x in latents]
-        timesteps = timesteps.to(self.device)[torch.tensor(order, device=self.device)]
+        places = upload(torch.tensor(order, device="cpu"), self.device)
+        timesteps = upload(timesteps, self.device)[places]
         time_embedding = F.silu(self.time_embedder(timesteps))
 
         image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
-        image_layout = Layout.of(lengths)
-        image_index = image_layout.sequence_index(self.device)
+        image_layout = Layout.of(lengths, self.device)
+        image_index = image_layout.sequence_index()
+        attend = self.attention.plan(image_layout)
         image = self.x_embedder(self._patchify(latents))
         cos, sin = torch.cat(image_cos), torch.cat(image_sin)
         for block in self.noise_refiner:
-            image = block(image, image_layout, cos, sin, time_embedding, image_index)
+            image = block(image, attend, cos, sin, time_embedding, image_index)
 
         caption_tables = [self.rotary.caption(c.shape[0], self.device) for c in contexts]
-        layout = Layout.of([c.shape[0] + n for c, n in zip(contexts, lengths, strict=True)])
+        layout = Layout.of(
+            [c.shape[0] + n for c, n in zip(contexts, lengths, strict=True)], self.device
+        )
+        hidden = _interleave([c.to(image.dtype) for c in contexts], image.split(lengths))
         return PackedSequences(
-            hidden=_interleave([c.to(image.dtype) for c in contexts], image.split(lengths)),
+            hidden=hidden.to(self.residual_dtype or hidden.dtype),
             layout=layout,
+            attend=self.attention.plan(layout),
             cos=_interleave([c for c, _ in caption_tables], image_cos),
             sin=_interleave([s for _, s in caption_tables], image_sin),
             time_embedding=time_embedding,
-            sequence_index=layout.sequence_index(self.device),
+            sequence_index=layout.sequence_index(),
             grids=tuple(grids),
             order=tuple(order),
         )
@@ -148,7 +177,7 @@ class NextDiT(nn.Module):
         for block in self.layers:
             hidden = block(
                 hidden,
-                packed.layout,
+                packed.attend,
                 packed.cos,
                 packed.sin,
                 packed.time_embedding,
@@ -242,8 +271,15 @@ class NextDiT(nn.Module):
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        residual_dtype: torch.dtype | None = None,
     ) -> "NextDiT":
         """Load diffusers' ``config.json`` and safetensors (sharded too) from ``folder``.
+
+        Args:
+            folder: of the transformer.
+            device: where the weights go.
+            dtype: of the weights.
+            residual_dtype: of the stream through the joint blocks, if wider than ``dtype``.
 
         Raises:
             CheckpointError: one line naming the file and the fault.
@@ -255,6 +291,7 @@ class NextDiT(nn.Module):
         expected = {key: tuple(value.shape) for key, value in dit.state_dict().items()}
         weights = checkpoint.load_transformer(folder, expected, device=device, dtype=dtype)
         dit.load_state_dict(weights, assign=True)
+        dit.residual_dtype = residual_dtype
         dit.rotary = RotaryTables(config)  # the one made above may hold meta tensors
         return dit.eval().requires_grad_(False)
 

@@ -22,6 +22,7 @@ from model.flow import timestep_from_sigma
 from model.generation_config import GenerationConfig
 from model.guidance import Guidance
 from model.next_dit import NextDiT
+from model.packing import upload
 from model.request import GenerationRequest, ResolvedRequest
 from model.samplers import Sampler, SamplerState, make_sampler
 from model.templates import compose_negative, compose_prompt
@@ -191,7 +192,7 @@ class Pipeline:
                     contexts.append(context)
         if not latents:
             return
-        times = torch.tensor(timesteps, dtype=torch.float32, device=self.device)
+        times = upload(torch.tensor(timesteps, dtype=torch.float32), self.device)
         packed = self.dit.blocks(self.dit.embed(latents, times, contexts))
         velocities = iter(self.dit.head(packed))
         for state in states:

@@ -50,6 +50,10 @@ RedisUrl = Annotated[
     str | None,
     typer.Option(help="Redis to use, as redis://, rediss:// or unix://.", show_default=False),
 ]
+Precision = Annotated[
+    str | None,
+    typer.Option(help="auto, fp32, bf16 or mixed.", show_default="auto: fp32, or mixed on a GPU"),
+]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
 Insecure = Annotated[
@@ -87,11 +91,12 @@ def serve(
         Path | None, typer.Option(help="Where jobs and pictures live.", show_default="data")
     ] = None,
     insecure: Insecure = False,
+    precision: Precision = None,
 ) -> int:
     """Run everything on this machine: Redis, workers, the API and its page."""
     folder = _checkpoint_folder(model)
     _check_host(host, insecure)
-    settings = _settings(redis_url=redis_url, data_dir=data_dir)
+    settings = _settings(redis_url=redis_url, data_dir=data_dir, precision=precision)
     from server.embedded import run_service
 
     return run_service(
@@ -132,6 +137,7 @@ def worker(
         float | None,
         typer.Option(min=0, help="Seconds to finish work after SIGTERM.", show_default="25"),
     ] = None,
+    precision: Precision = None,
 ) -> int:
     """Run one worker: take jobs from Redis and draw their pictures."""
     from server.protocol import is_name
@@ -139,7 +145,7 @@ def worker(
     folder = _checkpoint_folder(model)
     if not is_name(pool):
         raise MisuseError(f"--pool {pool!r} must be 1 to 64 letters, digits, dots and dashes")
-    settings = _settings(redis_url=redis_url, drain_s=drain_s)
+    settings = _settings(redis_url=redis_url, drain_s=drain_s, precision=precision)
     _quiet_libraries()
     from server.worker.main import run_worker
 
@@ -164,10 +170,12 @@ def generate(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /generate."),
     ] = None,
+    precision: Precision = None,
 ) -> int:
     """Draw one picture in this process, without a server."""
     folder = _checkpoint_folder(model)
     image_format = _image_format(output)
+    settings = _settings(precision=precision)
     from model.request import GenerationRequest, check_settings
 
     options = {
@@ -177,16 +185,16 @@ def generate(
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
     }
-    settings = _settings_of(more or [], {k: v for k, v in options.items() if v is not None})
+    fields = _settings_of(more or [], {k: v for k, v in options.items() if v is not None})
     try:
-        check_settings(settings)
-        request = GenerationRequest(prompt, seed=seed, preset=preset, **settings)
+        check_settings(fields)
+        request = GenerationRequest(prompt, seed=seed, preset=preset, **fields)
     except ValueError as error:
         raise MisuseError(str(error)) from None
     _quiet_libraries()
     from server.worker.local import Drawing
 
-    drawing = Drawing(folder)
+    drawing = Drawing(folder, settings.precision)
     try:
         drawing.prepare(request)
     except ValueError as error:
@@ -209,7 +217,7 @@ def inspect(
         _quiet_libraries()
         from server.worker.local import describe_checkpoint
 
-        facts = describe_checkpoint(path)
+        facts = describe_checkpoint(path, _settings().precision)
     elif path.is_file():
         facts = _picture_facts(path)
     else:

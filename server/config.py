@@ -52,6 +52,9 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(default=65536, ge=1)
     """Image and text tokens, over all branches, that one denoising step may carry."""
 
+    precision: Literal["auto", "fp32", "bf16", "mixed"] = "auto"
+    """What a worker computes in; auto: mixed on a GPU, fp32 on a CPU."""
+
     @property
     def blob_store_url(self) -> str:
         """The fsspec URL of the blob store, with the data directory filled in."""

@@ -153,7 +153,7 @@ def run_fake_worker() -> int:
     from server.worker.main import run_worker
 
     step_s, num_steps = float(sys.argv[1]), int(sys.argv[2])
-    return run_worker(load_settings(), Path("."), load=lambda _: fake_model(step_s, num_steps))
+    return run_worker(load_settings(), Path("."), load=lambda *_: fake_model(step_s, num_steps))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,8 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x if matrix.shape[0] <= matrix.shape[1] else x.T).to(matrix.dtype)
+    direction: Tensor = x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return direction.to(matrix.dtype)
 
 
 def share_out(weights: Sequence[Tensor], num: int) -> list[int]:

@@ -7,7 +7,7 @@ told to stop meanwhile should not have to wait for it.
 import dataclasses
 import hashlib
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,28 +23,40 @@ WARM_UP_STEPS = 2
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A pipeline ready to serve, and what the API must know of it."""
+    """A pipeline ready to serve, and what the API must know of it.
+
+    Attributes:
+        pipeline: the model.
+        info: its offer.
+        arithmetic: precision and attention backend, for logs and `lumina inspect`.
+    """
 
     pipeline: "StepPipeline"
     info: ModelInfo
+    arithmetic: dict[str, str] = field(default_factory=dict)
 
 
-def load_model(folder: Path) -> LoadedModel:
-    """Load a checkpoint folder on the GPU (bfloat16) or, without one, the CPU (float32).
+def load_model(folder: Path, precision: str = "auto") -> LoadedModel:
+    """Load a checkpoint folder on the GPU or, without one, the CPU.
+
+    Args:
+        folder: of the checkpoint.
+        precision: `fp32`, `bf16` or `mixed`; `auto` takes what serves best on the device.
 
     Raises ValueError (`CheckpointError`) with one line that names the file and the fault.
     """
     import torch
 
     from model import load_pipeline
+    from model.precision import default_precision
 
-    on_gpu = torch.cuda.is_available()
-    pipeline = load_pipeline(
-        folder,
-        device="cuda" if on_gpu else "cpu",
-        dtype=torch.bfloat16 if on_gpu else torch.float32,
-    )
-    return LoadedModel(pipeline, describe(pipeline, folder))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision == "auto":
+        precision = default_precision(device)
+    pipeline = load_pipeline(folder, device=device, precision=precision)
+    dit = pipeline.dit
+    arithmetic = {"device": device, "precision": dit.precision, "attention": dit.attention.name}
+    return LoadedModel(pipeline, describe(pipeline, folder), arithmetic)
 
 
 def describe(pipeline: "Pipeline", folder: Path) -> ModelInfo:

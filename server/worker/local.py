@@ -18,10 +18,14 @@ class Drawing:
     """One picture on its way, from a checkpoint folder to the bytes of a file.
 
     Raises ValueError (`CheckpointError`) when the checkpoint cannot be used.
+
+    Args:
+        folder: of the checkpoint.
+        precision: as in `load_model`.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._model = load_model(folder)
+    def __init__(self, folder: Path, precision: str = "auto") -> None:
+        self._model = load_model(folder, precision)
         assert isinstance(self._model.pipeline, Pipeline)
         self._pipeline = self._model.pipeline
         self._state: DenoiseState | None = None
@@ -60,12 +64,12 @@ class Drawing:
         )
 
 
-def describe_checkpoint(folder: Path) -> list[tuple[str, str]]:
-    """Load a checkpoint and return what it is as (name, value) lines.
+def describe_checkpoint(folder: Path, precision: str = "auto") -> list[tuple[str, str]]:
+    """Load a checkpoint and return what it is, and how it would be computed here, as lines.
 
     Raises ValueError (`CheckpointError`) with one line that names the file and the fault.
     """
-    model = load_model(folder)
+    model = load_model(folder, precision)
     assert isinstance(model.pipeline, Pipeline)
     config, info = model.pipeline.dit.config, model.info
     limits = f"{info.min_size} to {info.max_size} pixels in steps of {info.size_multiple}"
@@ -88,7 +92,7 @@ def describe_checkpoint(folder: Path) -> list[tuple[str, str]]:
     facts += [("sizes", limits), ("steps", f"1 to {info.max_steps}")]
     facts += [("defaults", _settings_line(info.defaults))]
     facts += [(f"preset {name}", _settings_line(preset)) for name, preset in info.presets.items()]
-    return [*facts, ("prompt tokens", _token_line(model.pipeline))]
+    return [*facts, ("prompt tokens", _token_line(model.pipeline)), *model.arithmetic.items()]
 
 
 def _settings_line(settings: Mapping[str, Any]) -> str:

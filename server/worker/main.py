@@ -146,7 +146,7 @@ def run_worker(
     *,
     pool: str = DEFAULT_POOL,
     worker_id: str | None = None,
-    load: Callable[[Path], LoadedModel] = load_model,
+    load: Callable[[Path, str], LoadedModel] = load_model,
 ) -> int:
     """Serve jobs of `pool` with the checkpoint in `model_dir` until SIGTERM or SIGINT.
 
@@ -160,7 +160,7 @@ def run_worker(
         signal.signal(number, lambda *_: _leave_at_once())
     started = time.monotonic()
     try:
-        model = load(model_dir)
+        model = load(model_dir, settings.precision)
         pulse = Pulse()
         info = warm_up(model)  # refuses what no part alone can see, such as an impossible default
         pulse.beat()  # the warm-up is the first stage by which later ones are judged
@@ -168,7 +168,7 @@ def run_worker(
         print(f"lumina worker: {_one_line(error)}", file=sys.stderr, flush=True)
         return 2
     load_s = round(time.monotonic() - started, 2)
-    log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s)
+    log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s, **model.arithmetic)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
     worker = Worker(
         Scheduler(max_running=settings.max_running, max_step_tokens=settings.max_step_tokens),

@@ -49,6 +49,22 @@ def test_bf16_error_is_at_most_twice_that_of_eager_bf16(norm, shape):
 
 
 @pytest.mark.parametrize("norm", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    ("wide", "narrow"), [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
+)
+def test_a_wide_stream_meets_narrow_weights_and_the_reverse(norm, wide, narrow):
+    """Into a block: the result is rounded once, to the weights' dtype. Out of one: not at all."""
+    x, weight = draw(33, 96), draw(33, 96, seed=1)
+    down = norm(x, weight.to(narrow), EPS)
+    assert down.dtype == narrow
+    exact = reference(x, weight.to(narrow))
+    assert error(down, exact) <= 1.05 * error(exact.to(narrow), exact)
+    up = norm(x.to(narrow), weight, EPS)
+    assert up.dtype == wide
+    assert error(up, reference(x.to(narrow), weight)) < 1e-6
+
+
+@pytest.mark.parametrize("norm", IMPLEMENTATIONS)
 def test_statistics_are_fp32_whatever_comes_in(norm):
     """In bf16 the mean of 2304 squares would be off by percents, and these would overflow fp16."""
     x = torch.full((2, 2304), 300.0, dtype=torch.float16)

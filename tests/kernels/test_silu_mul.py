@@ -43,3 +43,15 @@ def test_bf16_error_is_at_most_twice_that_of_eager_bf16(shape):
     eager = gate * torch.sigmoid(gate) * up
     expected = reference(gate_up)
     assert error(result, expected) <= 2 * error(eager, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_silu_in_low_precision_is_silu_in_fp32_rounded_once(dtype):
+    """So it makes no difference that diffusers computes it in fp32 and the official code does not.
+
+    True of every number these dtypes have.
+    """
+    every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    gate_up = torch.stack((every, torch.ones_like(every)), dim=-1)
+    assert torch.equal(silu_mul(gate_up)[:, 0], torch.nn.functional.silu(every.float()).to(dtype))

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model import load_pipeline
 from tests.tiny_checkpoint import make_tiny_checkpoint
 
 
@@ -21,6 +20,8 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def pipeline(tiny_folder):
+    from model import load_pipeline  # brings diffusers, which tests of the network alone need not
+
     return load_pipeline(tiny_folder)
 
 

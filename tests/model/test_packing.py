@@ -27,10 +27,19 @@ def test_equal_neighbours_are_one_run(lengths, runs):
     assert layout.runs == tuple(Run(*run) for run in runs)
     assert layout.lengths == tuple(lengths)
     assert layout.num_tokens == layout.runs[-1].stop == sum(lengths)
+    assert layout.max_length == max(lengths)
+    assert type(layout.max_length) is int
+
+
+def test_ragged_kernels_get_the_starts_of_the_sequences():
+    layout = Layout.of([2, 1, 3, 3])
+    assert layout.cu_seqlens.tolist() == [0, 2, 3, 6, 9]
+    assert layout.cu_seqlens.dtype == torch.int32
+    assert Layout.of([2, 1], "meta").cu_seqlens.device.type == "meta"
 
 
 def test_sequence_index_names_the_sequence_of_every_token():
-    index = Layout.of([2, 1, 3, 3]).sequence_index(CPU)
+    index = Layout.of([2, 1, 3, 3]).sequence_index()
     assert index.tolist() == [0, 0, 1, 2, 2, 2, 3, 3, 3]
     assert index.dtype == torch.int64
 
@@ -77,10 +86,50 @@ def test_tables_are_computed_once_and_serve_training():
     tables = RotaryTables(CONFIG)
     with torch.inference_mode():
         first = tables.image(3, 2, 2, CPU)
-    assert tables.image(3, 2, 2, CPU) is first
+    assert tables.image(3, 2, 2, CPU)[0] is first[0]
     weight = torch.ones(first[0].shape, requires_grad=True)
     (weight * first[0]).sum().backward()
     assert torch.equal(weight.grad, first[0])
+
+
+def test_captions_share_one_table():
+    tables = RotaryTables(CONFIG)
+    with torch.inference_mode():
+        short, long = tables.caption(2, CPU)[0], tables.caption(19, CPU)[0]
+    assert short.data_ptr() == long.data_ptr()
+    weight = torch.ones(long.shape, requires_grad=True)
+    (weight * long).sum().backward()
+    assert torch.equal(weight.grad, long)
+
+
+def test_the_cache_of_tables_is_bounded_by_bytes():
+    one = 2 * 6 * 5 * 16 * 4  # cos and sin, tokens, pairs, bytes
+    tables = RotaryTables(CONFIG, cache_bytes=3 * one)
+    first = tables.image(1, 6, 5, CPU)
+    for caption in range(2, 19):
+        tables.image(caption, 6, 5, CPU)
+        assert tables.cache.num_bytes <= 3 * one
+    assert len(tables.cache) == 3
+    again = tables.image(1, 6, 5, CPU)
+    assert again[0] is not first[0]
+    assert torch.equal(again[0], first[0])
+    assert torch.equal(again[1], first[1])
+
+
+def test_what_was_used_last_stays_in_the_cache():
+    one = 2 * 6 * 5 * 16 * 4
+    tables = RotaryTables(CONFIG, cache_bytes=2 * one)
+    first, _ = tables.image(1, 6, 5, CPU), tables.image(2, 6, 5, CPU)
+    assert tables.image(1, 6, 5, CPU)[0] is first[0]
+    tables.image(3, 6, 5, CPU)
+    assert tables.image(1, 6, 5, CPU)[0] is first[0]
+
+
+def test_a_table_larger_than_the_cache_is_still_kept_for_the_next_step():
+    tables = RotaryTables(CONFIG, cache_bytes=1)
+    first = tables.image(1, 6, 5, CPU)
+    assert tables.image(1, 6, 5, CPU)[0] is first[0]
+    assert len(tables.cache) == 1
 
 
 @pytest.mark.parametrize("length", [0, 20])

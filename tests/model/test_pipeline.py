@@ -189,12 +189,39 @@ def test_unknown_preset(pipeline):
         pipeline.generate([GenerationRequest("a", preset="nope")])
 
 
-def test_low_precision_gives_about_the_same_picture(tiny_folder, pipeline):
-    low = load_pipeline(tiny_folder, dtype=torch.bfloat16)
-    state = low.prepare(GenerationRequest("a red circle", num_inference_steps=3, seed=1))
-    low.denoise_step([state])
+@pytest.mark.parametrize(
+    ("options", "weights", "precision"),
+    [
+        ({}, torch.float32, "fp32"),
+        ({"dtype": torch.bfloat16}, torch.bfloat16, "bf16"),
+        ({"precision": "bf16"}, torch.bfloat16, "bf16"),
+        ({"precision": "mixed"}, torch.bfloat16, "mixed"),
+        ({"precision": "fp32", "dtype": torch.bfloat16}, torch.float32, "fp32"),
+    ],
+    ids=str,
+)
+def test_every_precision_gives_about_the_same_picture(
+    tiny_folder, pipeline, options, weights, precision
+):
+    other = load_pipeline(tiny_folder, **options)
+    assert (other.dit.precision, other.dtype, other.vae.dtype) == (precision, weights, weights)
+    assert other.text_encoder.encode(["x"])[0].dtype == weights
+    state = other.prepare(GenerationRequest("a red circle", num_inference_steps=3, seed=1))
     assert state.latents[0].dtype == torch.float32
-    assert psnr(ours(low, guidance_scale=1.0)[0], ours(pipeline, guidance_scale=1.0)[0]) > 15
+    other.denoise_step([state])
+    assert state.latents[0].dtype == torch.float32
+    assert psnr(ours(other, guidance_scale=1.0)[0], ours(pipeline, guidance_scale=1.0)[0]) > 15
+
+
+def test_an_unknown_precision_is_refused(tiny_folder):
+    with pytest.raises(ValueError, match="precision 'fp8' is not allowed: give fp32 or bf16 or"):
+        load_pipeline(tiny_folder, precision="fp8")
+
+
+def test_a_forced_backend_is_refused_at_load(tiny_folder, monkeypatch):
+    monkeypatch.setenv("LUMINA_ATTENTION", "fast")
+    with pytest.raises(ValueError, match="LUMINA_ATTENTION 'fast' is not allowed here: give"):
+        load_pipeline(tiny_folder)
 
 
 def test_size_beyond_the_position_tables(folder_copy):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -176,6 +177,34 @@ def test_inspect_a_checkpoint(checkpoint: Path, capsys: Capture) -> None:
     assert "sampler euler" in lines["preset diffusers"]
     assert lines["preset quick"].endswith("num_inference_steps 1")
     assert "256, of which the template takes: base " in lines["prompt tokens"]
+    assert re.search(r"^attention +sdpa$", told, re.MULTILINE)
+    assert re.search(r"^precision +fp32$", told, re.MULTILINE)
+
+
+@pytest.mark.slow
+def test_generate_in_another_precision(
+    checkpoint: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [tmp_path / f"{name}.png" for name in ("fp32", "option", "variable")]
+    argv = ["generate", "x", "--model", str(checkpoint), "--seed", "1", "--width", "32"]
+    assert cli.main([*argv, "-o", str(files[0])]) == 0
+    assert cli.main([*argv, "-o", str(files[1]), "--precision", "mixed"]) == 0
+    monkeypatch.setenv("LUMINA_PRECISION", "mixed")
+    assert cli.main([*argv, "-o", str(files[2])]) == 0
+    first, option, variable = (file.read_bytes() for file in files)
+    assert first != option == variable
+    capsys.readouterr()
+    assert cli.main([*argv, "-o", str(files[0]), "--precision", "fp8"]) == 2
+    assert "LUMINA_PRECISION: Input should be 'auto', 'fp32', 'bf16' or 'mixed'" in one_line(capsys)
+
+
+def test_an_attention_backend_that_cannot_be_forced_is_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LUMINA_ATTENTION", "flash")
+    argv = ["generate", "x", "-o", str(tmp_path / "a.png"), "--model", str(checkpoint)]
+    assert cli.main(argv) == 1
+    assert "LUMINA_ATTENTION 'flash' is not allowed here: give " in one_line(capsys)
 
 
 def test_inspect_pictures_that_say_nothing(tmp_path: Path, capsys: Capture) -> None:

@@ -35,7 +35,12 @@ def test_a_misspelt_variable_is_refused(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("LUMINA_MAX_ATTEMPTS", "0"), ("LUMINA_LEASE_S", "soon"), ("LUMINA_LOG_LEVEL", "loud")],
+    [
+        ("LUMINA_MAX_ATTEMPTS", "0"),
+        ("LUMINA_LEASE_S", "soon"),
+        ("LUMINA_LOG_LEVEL", "loud"),
+        ("LUMINA_PRECISION", "fp16"),
+    ],
 )
 def test_a_bad_value_is_one_sentence(monkeypatch, name, value):
     monkeypatch.setenv(name, value)

@@ -355,7 +355,8 @@ def test_a_worker_outlives_its_redis(tmp_path, worker_process):
 def test_a_worker_that_cannot_load_says_so_in_one_line(tmp_path, capsys):
     from server.worker.main import run_worker
 
-    def load(_):
+    def load(_, precision):
+        assert precision == "auto"
         raise ValueError("vae/config.json: is missing")
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
