@@ -24,7 +24,8 @@ def whitening(latents: Tensor) -> Tensor:
     mean = flat.mean(1)
     values, vectors = torch.linalg.eigh(torch.cov(flat))
     white = (vectors / values.sqrt()) @ vectors.T
-    return _rotation(white @ mean, torch.ones_like(mean)) @ white
+    centred: Tensor = _rotation(white @ mean, torch.ones_like(mean)) @ white
+    return centred
 
 
 def fold_into(vae: AutoencoderKL, matrix: Tensor) -> None:
