@@ -7,6 +7,7 @@ from collections.abc import Callable
 import structlog
 
 from server.errors import QueueUnavailable
+from server.queue import keys
 from server.queue.connection import RedisLine
 
 log = structlog.get_logger(__name__)
@@ -62,6 +63,11 @@ class RedisHealth(RedisLine):
             self._memory_ratio = int(info["used_memory"]) / limit if limit else 0.0
             self._memory_at = self._monotonic()
         return self._memory_ratio
+
+    async def epoch(self) -> tuple[str, str]:
+        """Return the name of the history in Redis, and why some of it must be lost ("" if not)."""
+        name, lost = await self.ask(self.redis.hmget(keys.EPOCH, "id", "lost"))
+        return name or "", lost or ""
 
     async def accept_epoch(self) -> str:
         """Begin a new history after a loss of data; returns its name."""

@@ -1,5 +1,7 @@
 """PoolBoard: what the workers of each pool offer, and which of them are alive."""
 
+from typing import Any
+
 from server.protocol import DEFAULT_POOL, ModelInfo, WorkerInfo
 from server.queue import keys
 from server.queue.connection import RedisLine
@@ -10,7 +12,7 @@ class PoolBoard(RedisLine):
 
     async def publish_model(self, pool: str, info: ModelInfo, worker_id: str = "") -> None:
         """Tell the API what the workers of a pool serve, in place of what stood there."""
-        fields = {"info": info.to_json(), "worker": worker_id, "hash": info.hash}
+        fields: dict[Any, Any] = {"info": info.to_json(), "worker": worker_id, "hash": info.hash}
         async with self.redis.pipeline(transaction=True) as pipe:
             pipe.hset(keys.model(pool), mapping=fields)
             pipe.sadd(keys.POOLS, pool)
