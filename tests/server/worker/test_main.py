@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from server.config import Settings
 from server.protocol import JobSpec, new_job_id
 from server.queue.blobs import BlobStore
 from server.queue.connection import connect
@@ -349,60 +348,3 @@ def test_a_worker_outlives_its_redis(tmp_path, worker_process):
         assert process.poll() is None
     finally:
         redis.stop()
-
-
-@pytest.mark.usefixtures("kept_logging")
-def test_a_worker_that_cannot_load_says_so_in_one_line(tmp_path, capsys):
-    from server.worker.main import run_worker
-
-    def load(_):
-        raise ValueError("vae/config.json: is missing")
-
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    try:
-        code = run_worker(Settings(data_dir=tmp_path), tmp_path, load=load)
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
-    assert code == 2
-    assert capsys.readouterr().err == "lumina worker: vae/config.json: is missing\n"
-
-
-@pytest.mark.usefixtures("kept_logging")
-def test_of_workers_that_share_a_token_one_says_what_is_wrong(tmp_path, capsys):
-    from server.worker.main import run_worker
-
-    def load(_):
-        raise ValueError("vae/config.json: is missing")
-
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    token, giver = os.pipe2(os.O_NONBLOCK)
-    os.write(giver, b"1")
-    try:
-        for _ in range(2):
-            code = run_worker(Settings(data_dir=tmp_path), tmp_path, load=load, token_fd=token)
-            assert code == 2
-    finally:
-        os.close(token)
-        os.close(giver)
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
-    assert capsys.readouterr().err == "lumina worker: vae/config.json: is missing\n"
-
-
-@pytest.mark.usefixtures("kept_logging")
-def test_any_other_load_fault_is_one_line_and_may_be_tried_again(tmp_path, capsys):
-    from server.worker.main import LOAD_FAULT, run_worker
-
-    def load(_):
-        raise RuntimeError("CUDA error:\nout of memory")
-
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    try:
-        code = run_worker(Settings(data_dir=tmp_path), tmp_path, load=load)
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
-    assert code == LOAD_FAULT
-    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lumina")]
-    assert told == ["lumina worker: loading failed: RuntimeError: CUDA error: out of memory"]
