@@ -27,8 +27,6 @@ SCRIPT_NAMES = (
     "retry", "purge", "reconcile", "epoch", "offer",
 )  # fmt: skip
 
-Script = Callable[..., Awaitable[Any]]
-
 
 def connect(url: str) -> Redis:
     """Return a client for `redis://`, `rediss://` or `unix://`; nothing is sent yet.
@@ -43,12 +41,14 @@ def connect(url: str) -> Redis:
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=SOCKET_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
+        lib_name=None,  # each would cost another round trip per connection
+        lib_version=None,
         **tcp,
     )
     return client
 
 
-def load_scripts(redis: Redis) -> dict[str, Script]:
+def load_scripts(redis: Redis) -> dict[str, Any]:
     """Return every script by name, ready to call; a script Redis has forgotten is sent again."""
     folder = resources.files("server.queue") / "scripts"
     common = keys.lua_prelude() + (folder / "common.lua").read_text()
@@ -131,6 +131,13 @@ class RedisLine:
     async def run(self, name: str, *args: str | int) -> Any:
         """Run a script. The key names the shard; the scripts derive the rest from the prefix."""
         return await self.ask(self._scripts[name](keys=[keys.SEQ], args=[self._now(), *args]))
+
+    async def preload(self) -> None:
+        """Send all scripts: a call that finds its own missing takes three round trips."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for script in self._scripts.values():
+                pipe.script_load(script.script)
+            await self.ask(pipe.execute())
 
     async def run_all(self, name: str, calls: Sequence[Sequence[str | int]]) -> list[Any]:
         """Run a script once per element of `calls`, all in one round trip."""

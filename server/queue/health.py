@@ -31,7 +31,8 @@ class RedisHealth(RedisLine):
         self._monotonic: Callable[[], float] = time.monotonic
 
     async def preflight(self) -> list[str]:
-        """Return one sentence per setting of Redis that does not suit a queue."""
+        """Send the scripts; return one sentence per setting of Redis that does not suit a queue."""
+        await self.preload()
         info = await self.ask(self.redis.info())
         warnings = []
         policy = info.get("maxmemory_policy", "noeviction")

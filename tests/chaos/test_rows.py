@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
         (rows.kill_9_redis, 2),
         (rows.power_loss, 1),
         (rows.cancel_racing_completion, 40),
-        (rows.overload_by_a_noisy_tenant, 60),
+        (rows.overload_by_a_noisy_tenant, 90),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
