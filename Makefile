@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test test-slow fmt bench lint
+.PHONY: help install serve check test test-slow fmt bench bench-queue chaos lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -61,3 +61,9 @@ fmt: $(STAMP) ## format, and fix what ruff can fix
 
 bench: $(STAMP) ## one packed forward against diffusers' calls, on this machine
 	$(BIN)/python -m benchmarks.bench_packed $(ARGS)
+
+bench-queue: $(STAMP) ## jobs a second through the queue without a model, and what each call costs
+	$(BIN)/python -m benchmarks.bench_queue $(ARGS)
+
+chaos: $(STAMP) ## the long rows of the fault table (docs/reliability.md)
+	$(BIN)/python -m tests.chaos $(ARGS)

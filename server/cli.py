@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
+from server.operate import dead_app, epoch_app
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -36,6 +38,10 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(dead_app, name="dead")
+app.add_typer(epoch_app, name="epoch")
 
 
 class MisuseError(Exception):
@@ -138,6 +144,7 @@ def worker(
         typer.Option(min=0, help="Seconds to finish work after SIGTERM.", show_default="25"),
     ] = None,
     precision: Precision = None,
+    token_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> int:
     """Run one worker: take jobs from Redis and draw their pictures."""
     from server.protocol import is_name
@@ -149,7 +156,7 @@ def worker(
     _quiet_libraries()
     from server.worker.main import run_worker
 
-    return run_worker(settings, folder, pool=pool)
+    return run_worker(settings, folder, pool=pool, token_fd=token_fd)
 
 
 @app.command()

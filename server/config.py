@@ -40,6 +40,9 @@ class Settings(BaseSettings):
     queue_limit: int = Field(default=1000, ge=1)
     """Queued jobs a pool may hold; beyond it a submission is refused."""
 
+    tenant_limit: int = Field(default=512, ge=1)
+    """Jobs a tenant may have that have not ended; beyond it a submission is refused."""
+
     result_ttl: int = Field(default=24 * 3600, ge=60)
     """How long a finished job and its pictures are kept."""
 

@@ -7,9 +7,13 @@ ServerError
 ├── BodyTooLarge        413  the body is longer than allowed
 ├── NotJson             415  the content type is not JSON
 ├── InvalidRequest      422  the caller's input, also a ValueError
-│   └── UnknownModel    422  no worker serves a model of that name
+│   ├── UnknownModel    422  no worker serves a model of that name
+│   └── IdempotencyMismatch 422  an Idempotency-Key used before with another body
 ├── NotFound            404  no such job, image or blob (or somebody else's)
-├── QueueFull           503  the depth cap refuses new work
+├── TooManyJobs         429  the tenant has as many open jobs as it may
+├── QueueFull           503  depth or memory refuse new work
+├── DeadlineTooShort    503  the estimated wait is beyond the caller's deadline
+├── DataLost            503  Redis has lost acknowledged data, and no operator has accepted it
 ├── QueueUnavailable    503  Redis does not answer
 ├── ModelNotReady       503  no worker has published a model yet
 └── ServiceError        500  `lumina serve` or a worker cannot start
@@ -22,9 +26,10 @@ class ServerError(Exception):
     code = "internal"
     status = 500
 
-    def __init__(self, detail: str) -> None:
+    def __init__(self, detail: str, retry_after_s: float | None = None) -> None:
         super().__init__(detail)
         self.detail = detail
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(ServerError, ValueError):
@@ -38,6 +43,12 @@ class UnknownModel(InvalidRequest):
     """No worker serves a model of the name asked for."""
 
     code = "unknown-model"
+
+
+class IdempotencyMismatch(InvalidRequest):
+    """An Idempotency-Key was used before with another body."""
+
+    code = "idempotency-mismatch"
 
 
 class MalformedBody(ServerError):
@@ -82,10 +93,31 @@ class NotFound(ServerError):
     status = 404
 
 
+class TooManyJobs(ServerError):
+    """The tenant has as many jobs that have not ended as it may."""
+
+    code = "too-many-jobs"
+    status = 429
+
+
 class QueueFull(ServerError):
-    """The queue holds as many jobs as it may."""
+    """The queue holds as many jobs as it may, or Redis as much data."""
 
     code = "queue-full"
+    status = 503
+
+
+class DeadlineTooShort(ServerError):
+    """By the measured costs of what waits already, the job cannot end by its deadline."""
+
+    code = "deadline-too-short"
+    status = 503
+
+
+class DataLost(ServerError):
+    """Redis no longer has what it acknowledged; an operator must accept that first."""
+
+    code = "data-lost"
     status = 503
 
 

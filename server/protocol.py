@@ -202,6 +202,7 @@ class JobRecord(_Message):
 
     `position` is 1 for the next of the queued jobs in its pool, None unless queued. `step` of
     `total` is the progress of the current attempt. `expires_ms` is set once the job has ended.
+    `retry_of` names the dead job that this one repeats.
     """
 
     id: str
@@ -222,6 +223,8 @@ class JobRecord(_Message):
     expires_ms: int | None
     error: JobError | None
     result: JobResult | None
+    deadline_ms: int | None = None
+    retry_of: str | None = None
 
     @property
     def finished(self) -> bool:

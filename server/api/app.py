@@ -1,12 +1,10 @@
 """The FastAPI application: routes, error handlers, and what lives as long as the process."""
 
 import asyncio
-import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-import structlog
 from fastapi import FastAPI
 from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
@@ -16,10 +14,10 @@ from server.api.context import ApiContext
 from server.api.middleware import RequestGuard
 from server.api.problems import HANDLERS
 from server.config import Settings
-from server.errors import ServerError
 from server.queue.blobs import BlobStore
 from server.queue.connection import end_tasks
 from server.queue.jobs import JobQueue, open_queue
+from server.queue.upkeep import Upkeep
 
 UI_FOLDER = Path(__file__).parent / "ui"
 PAGE_HEADERS = {
@@ -29,8 +27,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-
-log = structlog.get_logger(__name__)
 
 
 def create_app(
@@ -82,25 +78,12 @@ def _lifespan(
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        reaper = asyncio.create_task(_reap(context))
+        upkeep = asyncio.create_task(Upkeep(context.queue, context.blobs).run())
         try:
             yield
         finally:
-            await end_tasks(reaper)
+            await end_tasks(upkeep)
             if owns_queue:
                 await context.queue.close()
 
     return lifespan
-
-
-async def _reap(context: ApiContext) -> None:
-    """Take back jobs of silent workers for ever; every process does, so that any one suffices."""
-    while True:
-        await asyncio.sleep(random.uniform(0.5, 1.5))
-        try:
-            taken = await context.queue.reap()
-        except ServerError as error:
-            log.warning("reaper", reason=error.detail)
-            continue
-        if taken:
-            log.info("jobs taken back from silent workers", jobs=taken)

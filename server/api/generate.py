@@ -13,7 +13,7 @@ from server.api.admission import find_model, price
 from server.api.answers import JobAnswer, job_answer
 from server.api.context import ApiContext, context_of, promptly
 from server.api.jobs import image_response
-from server.api.negotiation import read_json, read_prefer, wanted_format
+from server.api.negotiation import read_idempotency, read_json, read_prefer, wanted_format
 from server.api.problems import Problem, error_problem, job_problem
 from server.api.schemas import (
     MAX_SEED,
@@ -26,6 +26,7 @@ from server.api.schemas import (
 from server.errors import QueueUnavailable, ServerError
 from server.protocol import MEDIA_TYPES, JobRecord, OutputFormat, new_job_id
 from server.queue.connection import end_tasks
+from server.queue.jobs import Idempotency
 
 CLIENT_CLOSED = 499  # never sent: the client is gone; it names the outcome in the log
 
@@ -67,10 +68,13 @@ async def generate(request: Request) -> Response:
     accepted_format = wanted_format(request)
     body = parse_generate(await read_json(request))
     output_format = _output_format(body, accepted_format)
-    record = await _submit(context, body, output_format)
+    idempotency = read_idempotency(request, body, output_format)
+    record = await _submit(context, body, output_format, idempotency)
     if preference.wait_s > 0:
         try:
-            waited = await _wait(request, context, record.id, preference.wait_s)
+            waited = await _wait(
+                request, context, record.id, preference.wait_s, abandon=idempotency is None
+            )
         except ServerError as error:  # the job lives on; tell the caller where
             headers = {"Location": f"/jobs/{record.id}"}
             return error_problem(request.scope, error, headers=headers, job=record.id)
@@ -103,7 +107,10 @@ def _output_format(body: GenerateBody, accepted: OutputFormat | None) -> OutputF
 
 
 async def _submit(
-    context: ApiContext, body: GenerateBody, output_format: OutputFormat
+    context: ApiContext,
+    body: GenerateBody,
+    output_format: OutputFormat,
+    idempotency: Idempotency | None,
 ) -> JobRecord:
     pool, info = await promptly(find_model(context, body.model))
     check_against_model(body, info)
@@ -111,17 +118,23 @@ async def _submit(
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
     spec = job_spec(body, seed=seed, output_format=output_format)
     submission = context.queue.submit(
-        new_job_id(), spec, pool=pool, priority=body.priority or "normal", cost_ms=cost_ms
+        new_job_id(),
+        spec,
+        pool=pool,
+        priority=body.priority or "normal",
+        cost_ms=cost_ms,
+        deadline_s=body.deadline_s,
+        idempotency=idempotency,
     )
     return await promptly(submission)
 
 
 async def _wait(
-    request: Request, context: ApiContext, job_id: str, wait_s: float
+    request: Request, context: ApiContext, job_id: str, wait_s: float, *, abandon: bool
 ) -> JobRecord | None:
     """Return the job when it has ended, time is up or the service stops.
 
-    A client that leaves meanwhile cancels its job; the answer is then None.
+    None when the client leaves meanwhile; with `abandon` that cancels the job.
     """
     finished = asyncio.create_task(context.queue.wait(job_id, wait_s))
     left = asyncio.create_task(_disconnected(request))
@@ -131,7 +144,8 @@ async def _wait(
         if finished.done():
             return finished.result()
         if left.done():
-            await _cancel_quietly(context, job_id)
+            if abandon:
+                await _cancel_quietly(context, job_id)
             return None
         record = await promptly(context.queue.get(job_id))
         if record is None:

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 from server.api.admission import find_model
 from server.api.context import ApiContext, context_of, promptly
 from server.api.schemas import MAX_IMAGES
-from server.errors import ModelNotReady, QueueUnavailable
+from server.errors import DataLost, ModelNotReady, QueueUnavailable
 from server.protocol import ModelInfo
 
 router = APIRouter()
@@ -55,6 +55,9 @@ async def readyz(request: Request) -> Response:
     if context.stopping.is_set():
         raise QueueUnavailable("the service is stopping")
     await promptly(context.queue.ping())
+    if context.queue.data_lost:
+        why = context.queue.data_lost
+        raise DataLost(f"Redis has lost data ({why}); `lumina epoch accept` goes on without")
     if context.needs_worker:
         await promptly(_require_worker(context))
     return JSONResponse({"status": "ready"})

@@ -1,6 +1,7 @@
 """Reads what a caller wants from its headers and body: Prefer, Accept, and strict JSON."""
 
 import asyncio
+import hashlib
 import json
 from dataclasses import dataclass
 from email.message import Message
@@ -8,12 +9,14 @@ from typing import Any, NoReturn
 
 from starlette.requests import Request
 
-from server.api.schemas import printable
-from server.errors import BodyTimeout, BodyTooLarge, MalformedBody, NotJson
+from server.api.schemas import GenerateBody, printable
+from server.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MalformedBody, NotJson
 from server.protocol import MEDIA_TYPES, OutputFormat
+from server.queue.jobs import Idempotency
 
 MAX_BODY_BYTES = 64 * 1024
 BODY_TIMEOUT_S = 30.0
+MAX_KEY_LENGTH = 255
 
 _FORMAT_OF = {media: name for name, media in MEDIA_TYPES.items()}
 
@@ -67,6 +70,26 @@ def _weight(parameters: list[str]) -> float:
             except ValueError:
                 return 0.0
     return 1.0
+
+
+def read_idempotency(
+    request: Request, body: GenerateBody, output_format: OutputFormat
+) -> Idempotency | None:
+    """Read the Idempotency-Key header, with what it stands for; raises InvalidRequest."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
+        return None
+    if not 1 <= len(key) <= MAX_KEY_LENGTH or not key.isprintable():
+        raise InvalidRequest(
+            f"Idempotency-Key must have 1 to {MAX_KEY_LENGTH} printable characters, "
+            f"got '{printable(key)}'"
+        )
+    meant = json.dumps([body.model_dump(), output_format], sort_keys=True)
+    return Idempotency(_sha256(key), _sha256(meant))
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 async def read_json(request: Request) -> Any:

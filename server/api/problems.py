@@ -1,5 +1,6 @@
 """Every error the API answers: RFC 9457 problem details with a stable `type` and `code`."""
 
+import math
 import random
 from typing import Any
 
@@ -30,6 +31,10 @@ TITLES = {
     "job-canceled": "The job was canceled",
     "job-expired": "The job missed its deadline",
     "job-failed": "The job failed",
+    "too-many-jobs": "Too many of your jobs are open",
+    "deadline-too-short": "The deadline cannot be met",
+    "idempotency-mismatch": "The idempotency key was used with another body",
+    "data-lost": "The queue has lost data",
     "out-of-memory": "The job needs more memory than is free",
     "queue-full": "The queue is full",
     "queue-unavailable": "The queue is unavailable",
@@ -39,6 +44,7 @@ TITLES = {
     "http-error": "The request cannot be served",
 }
 
+LONGEST_RETRY_S = 120
 QUEUE_AWAY = "the job queue does not answer; try again in a few seconds"
 
 _HTTP_CODES = {404: "not-found", 405: "method-not-allowed"}
@@ -78,9 +84,10 @@ def request_id_of(scope: Scope) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def retry_after_s() -> int:
-    """A jittered Retry-After, so that refused callers do not come back together."""
-    return random.randint(1, 4)
+def retry_after(estimate_s: float | None) -> int:
+    """A jittered Retry-After in seconds, so that refused callers do not come back together."""
+    jittered = random.uniform(0.75, 1.25) * (estimate_s if estimate_s is not None else 3.0)
+    return min(max(math.ceil(jittered), 1), LONGEST_RETRY_S)
 
 
 def problem(
@@ -92,8 +99,9 @@ def problem(
     headers: dict[str, str] | None = None,
     job: str | None = None,
     errors: list[FieldProblem] | None = None,
+    retry_s: float | None = None,
 ) -> ProblemResponse:
-    """Build the response of one problem; a 503 always says when to come back."""
+    """Build the response of one problem; a 429 or 503 always says when to come back."""
     body = Problem(
         type=TYPE_PREFIX + code,
         title=TITLES[code],
@@ -105,8 +113,8 @@ def problem(
         errors=errors,
     )
     headers = dict(headers or {})
-    if status == 503:
-        headers.setdefault("Retry-After", str(retry_after_s()))
+    if status in (429, 503):
+        headers.setdefault("Retry-After", str(retry_after(retry_s)))
     return ProblemResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)
 
 
@@ -142,7 +150,10 @@ def error_problem(
     errors = None
     if isinstance(error, InvalidFields):
         errors = [FieldProblem(field=field, detail=detail) for field, detail in error.fields]
-    return problem(scope, error.status, error.code, detail, headers=headers, job=job, errors=errors)
+    return problem(
+        scope, error.status, error.code, detail,
+        headers=headers, job=job, errors=errors, retry_s=error.retry_after_s,
+    )  # fmt: skip
 
 
 async def on_server_error(request: Request, error: Exception) -> ProblemResponse:

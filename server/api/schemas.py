@@ -22,6 +22,7 @@ MAX_SEED = 2**53 - 9  # image k of a job uses seed + k, and 2**53 - 1 is the las
 MAX_SIGMAS = 1000
 MIN_SIGMA_STEP = 1e-5
 MAX_PANEL_TEXT = 100
+MAX_DEADLINE_S = 24 * 3600
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_TEXT = 512
 MAX_UNKNOWN = 8  # unknown fields that an answer names: finding the nearest name takes time
@@ -148,6 +149,9 @@ class GenerateBody(BaseModel):
         None, ge=1, le=100, description="a whole number from 1 to 100 (for jpeg and webp)"
     )
     priority: Priority | None = Field(None, description="'low', 'normal' or 'high'")
+    deadline_s: float | None = Field(
+        None, gt=0, le=MAX_DEADLINE_S, description=f"a number of seconds up to {MAX_DEADLINE_S}"
+    )
     metadata: dict[_MetadataKey, _Scalar] | None = Field(
         None,
         max_length=MAX_METADATA_ENTRIES,
@@ -323,5 +327,7 @@ def _check_schedule(body: GenerateBody, info: ModelInfo) -> list[tuple[str, str]
 
 def job_spec(body: GenerateBody, *, seed: int, output_format: OutputFormat) -> JobSpec:
     """The job of a checked body; `seed` and `output_format` fill what the body left out."""
-    fields = body.model_dump(exclude={"priority", "seed", "output_format"}, exclude_none=True)
+    fields = body.model_dump(
+        exclude={"priority", "deadline_s", "seed", "output_format"}, exclude_none=True
+    )
     return JobSpec(**fields, seed=seed, output_format=output_format)

@@ -63,6 +63,11 @@ class Child:
         """Whether there is a process that has not ended."""
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def failures(self) -> int:
+        """How often in a row it ended soon after its start."""
+        return self._failures
+
     def start(self) -> None:
         """Spawn the process."""
         self._process = self._start()

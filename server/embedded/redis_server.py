@@ -23,6 +23,7 @@ from server.errors import ServiceError
 MIN_VERSION = (6, 2, 0)
 START_S = 60.0  # a large append-only file takes its time
 STOP_S = 2.0
+SOCKET_PREFIX = "lumina-"
 
 _VERSION = re.compile(r"v=(\d+)\.(\d+)\.(\d+)")
 
@@ -68,7 +69,7 @@ class EmbeddedRedis:
         self._folder = data_dir.resolve() / "redis"
         self._folder.mkdir(parents=True, exist_ok=True)
         # Socket paths are limited to about 100 bytes: the data directory may be too deep.
-        self._private = Path(tempfile.mkdtemp(prefix="lumina-"))
+        self._private = self._socket_folder()
         self._socket = self._private / "redis.sock"
         self._pass_fds = pass_fds
         self.child = Child("redis", self._spawn)
@@ -96,6 +97,23 @@ class EmbeddedRedis:
         """End the server, which writes what it has, and remove its socket."""
         stop_children([self.child], STOP_S)
         shutil.rmtree(self._private, ignore_errors=True)
+        self._note.unlink(missing_ok=True)
+
+    @property
+    def _note(self) -> Path:
+        """Says where the socket is, so that the next run can clear away after a killed one."""
+        return self._folder / "socket-folder"
+
+    def _socket_folder(self) -> Path:
+        """Return a new private folder; that of an earlier run, which is over, is removed."""
+        temporary = Path(tempfile.gettempdir())
+        if self._note.is_file():
+            old = Path(self._note.read_text())
+            if old.parent == temporary and old.name.startswith(SOCKET_PREFIX):
+                shutil.rmtree(old, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=SOCKET_PREFIX, dir=temporary))
+        self._note.write_text(str(folder))
+        return folder
 
     @property
     def _log(self) -> Path:

@@ -33,6 +33,8 @@ READY_POLL_S = 0.5
 WORKER_GRACE_S = 4.0
 API_GRACE_S = 4.0
 MISUSE = 2  # exit code of a child that must not be restarted
+LOAD_FAULT = 3  # exit code of a worker that could not load its model
+MAX_LOAD_FAULTS = 5  # in a row; the pauses between grow from half a second to eight
 
 
 def num_gpus() -> int:
@@ -90,6 +92,7 @@ def run_service(
             _environment(settings, redis_url), model_dir, workers, host, port, insecure
         )
         stack.callback(service.stop, settings.drain_s, signals)
+        stack.callback(service.close)
         return service.run(redis.child if redis else None, signals)
 
 
@@ -128,6 +131,10 @@ class _Service:
         self._env = env
         self._model_dir = model_dir
         self._host, self._port, self._insecure = host, port, insecure
+        # One byte in a pipe: the worker that takes it may say what is wrong with the checkpoint.
+        self._token, giver = os.pipe2(os.O_NONBLOCK)
+        os.write(giver, b"1")
+        os.close(giver)
         gpus = num_gpus()
         count = workers or max(1, gpus)
         self.api = Child("api", self._spawn_api)
@@ -146,6 +153,8 @@ class _Service:
                 code = child.check()
                 if code == MISUSE or (code is not None and child is self.api and not ready):
                     return code or 1  # it has said why
+                if code is not None and self._hopeless(child, code, ready):
+                    return 1
             if redis is not None:
                 redis.check()
             if not ready and time.monotonic() - asked_at > READY_POLL_S:
@@ -155,6 +164,23 @@ class _Service:
                     print(self._greeting(), flush=True)
             time.sleep(POLL_S)
         return 0
+
+    def close(self) -> None:
+        """Close what the children inherited."""
+        os.close(self._token)
+
+    def _hopeless(self, child: Child, code: int, ready: bool) -> bool:
+        """Whether a child that ended just now will not come up, however often it is started."""
+        loading = code == LOAD_FAULT or not ready
+        if child is self.api or not loading or child.failures < MAX_LOAD_FAULTS:
+            return False
+        print(
+            f"lumina serve: {child.name} could not load its model {child.failures} times in a row "
+            f"(exit code {code}); giving up",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
 
     def stop(self, drain_s: float, signals: _Signals) -> None:
         """Workers first, so that the API can still answer those whose jobs they finish."""
@@ -201,8 +227,8 @@ class _Service:
         else:
             cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
             env.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
-        argv = ["worker", "--model", str(self._model_dir)]
-        return spawn([sys.executable, "-m", "server.cli", *argv], env)
+        argv = ["worker", "--model", str(self._model_dir), "--token-fd", str(self._token)]
+        return spawn([sys.executable, "-m", "server.cli", *argv], env, pass_fds=[self._token])
 
 
 @contextmanager
@@ -234,10 +260,12 @@ def _forget_workers(redis_url: str) -> None:
     """Drop what workers of an earlier run left in our own Redis: nobody but us has started any.
 
     A killed service leaves their last heartbeats behind; they would make it look ready too early.
+    Their offers go too: the new ones may serve another model.
     """
     with Redis.from_url(redis_url) as client:
-        for key in client.scan_iter(f"{keys.PREFIX}worker*"):
-            client.delete(key)
+        for pattern in (f"{keys.PREFIX}worker*", keys.model("*"), keys.POOLS):
+            for key in client.scan_iter(pattern):
+                client.delete(key)
 
 
 def _environment(settings: Settings, redis_url: str) -> dict[str, str]:

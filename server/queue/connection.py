@@ -1,19 +1,22 @@
 """How the service talks to Redis: one way to connect, one way to run scripts, one error."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Any
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from server.errors import QueueUnavailable
 from server.queue import keys
 
-SOCKET_TIMEOUT_S = 5.0
+# Nothing waits longer for Redis, whatever happens to the connection.
+ANSWER_S = 5.0
+SOCKET_TIMEOUT_S = 4.0
 
 # The longest blocking read; it must stay below the socket timeout, or an idle worker's wait
 # looks like a dead server.
@@ -21,9 +24,8 @@ MAX_BLOCK_S = 2.0
 
 SCRIPT_NAMES = (
     "submit", "claim", "heartbeat", "progress", "complete", "fail", "release", "cancel", "reap",
+    "retry", "purge", "reconcile", "epoch", "offer",
 )  # fmt: skip
-
-Script = Callable[..., Awaitable[Any]]
 
 
 def connect(url: str) -> Redis:
@@ -32,17 +34,21 @@ def connect(url: str) -> Redis:
     The client does not retry by itself: its default of ten retries turns a lost server into a
     minute of silence. Callers decide what is safe to repeat.
     """
+    tcp = {} if url.startswith("unix:") else {"socket_keepalive": True}
     client: Redis = Redis.from_url(
         url,
         decode_responses=True,
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=SOCKET_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
+        lib_name=None,  # each would cost another round trip per connection
+        lib_version=None,
+        **tcp,
     )
     return client
 
 
-def load_scripts(redis: Redis) -> dict[str, Script]:
+def load_scripts(redis: Redis) -> dict[str, Any]:
     """Return every script by name, ready to call; a script Redis has forgotten is sent again."""
     folder = resources.files("server.queue") / "scripts"
     common = keys.lua_prelude() + (folder / "common.lua").read_text()
@@ -69,8 +75,92 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
 
 
 async def guarded(call: Awaitable[Any]) -> Any:
-    """Await a Redis call; whatever Redis or the network raises becomes QueueUnavailable."""
-    try:
+    """Await a Redis call; whatever Redis or the network raises becomes QueueUnavailable.
+
+    So does silence of ANSWER_S. The call runs in a task of its own, so that a cancellation of the
+    caller gets through even where redis-py swallows it (see `end_tasks`).
+    """
+
+    async def answer() -> Any:
         return await call
+
+    task = asyncio.create_task(answer())
+    try:
+        await asyncio.wait({task}, timeout=ANSWER_S)
+        if not task.done():
+            raise QueueUnavailable(f"the job queue does not answer within {ANSWER_S:g} s")
+        return task.result()
     except (RedisError, OSError) as error:
         raise QueueUnavailable(f"the job queue does not answer: {error}") from error
+    finally:
+        await end_tasks(task)
+
+
+class RedisLine:
+    """The connections of one event loop, and the scripts over them.
+
+    Args:
+        redis: a client with decoded responses (`connect`).
+        clock_ms: the time in ms instead of Redis's own; for tests.
+    """
+
+    def __init__(self, redis: Redis, clock_ms: Callable[[], int] | None = None) -> None:
+        self.redis = redis
+        self._clock_ms = clock_ms
+        self._scripts = load_scripts(redis)
+        self._hanging_up: set[asyncio.Task[None]] = set()
+
+    async def ask(self, call: Awaitable[Any]) -> Any:
+        """Await a Redis call; raises QueueUnavailable.
+
+        After a call that met silence or was given up, idle connections are closed: when one is
+        half open, the others are too, and each would cost a caller its own wait.
+        """
+        if self._hanging_up:
+            await asyncio.wait(set(self._hanging_up))
+        try:
+            return await guarded(call)
+        except asyncio.CancelledError:
+            self._hang_up()
+            raise
+        except QueueUnavailable as error:
+            if not isinstance(error.__cause__, ResponseError):
+                self._hang_up()
+            raise
+
+    async def run(self, name: str, *args: str | int) -> Any:
+        """Run a script. The key names the shard; the scripts derive the rest from the prefix."""
+        return await self.ask(self._scripts[name](keys=[keys.SEQ], args=[self._now(), *args]))
+
+    async def preload(self) -> None:
+        """Send all scripts: a call that finds its own missing takes three round trips."""
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for script in self._scripts.values():
+                pipe.script_load(script.script)
+            await self.ask(pipe.execute())
+
+    async def run_all(self, name: str, calls: Sequence[Sequence[str | int]]) -> list[Any]:
+        """Run a script once per element of `calls`, all in one round trip."""
+        now = self._now()
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for args in calls:
+                await self._scripts[name](keys=[keys.SEQ], args=[now, *args], client=pipe)
+            answers: list[Any] = await self.ask(pipe.execute())
+        return answers
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await end_tasks(*self._hanging_up)
+        await self.redis.aclose()
+
+    def _now(self) -> int:
+        return self._clock_ms() if self._clock_ms else 0
+
+    def _hang_up(self) -> None:
+        async def disconnect() -> None:
+            with contextlib.suppress(RedisError, OSError):
+                await self.redis.connection_pool.disconnect(inuse_connections=False)
+
+        task = asyncio.create_task(disconnect())
+        self._hanging_up.add(task)
+        task.add_done_callback(self._hanging_up.discard)

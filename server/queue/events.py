@@ -5,9 +5,9 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import RedisError
+from redis.exceptions import ConnectionError, RedisError
 
 from server.queue import keys
 from server.queue.connection import end_tasks
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 # A message lost with a connection costs a waiter at most this long.
 POLL_S = 1.0
+
+# A silent subscription is asked for a sign of life, and given up without one.
+PING_S = 5.0
+SILENCE_S = 12.0
 
 
 class Changes:
@@ -32,7 +36,8 @@ class Changes:
         if left_s <= 0:
             return False
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.changed.wait(), min(POLL_S, left_s))
+            async with asyncio.timeout(min(POLL_S, left_s)):
+                await self.changed.wait()
         self.changed.clear()
         return True
 
@@ -40,8 +45,11 @@ class Changes:
 class ChangeListener:
     """Listens to the channel of changed jobs while anybody waits, and survives Redis's absence."""
 
-    def __init__(self, redis: "Redis") -> None:
+    def __init__(
+        self, redis: "Redis", ping_s: float = PING_S, silence_s: float = SILENCE_S
+    ) -> None:
         self._redis = redis
+        self._ping_s, self._silence_s = ping_s, silence_s
         self._waiters: dict[str, set[Changes]] = defaultdict(set)
         self._task: asyncio.Task[None] | None = None
 
@@ -76,11 +84,22 @@ class ChangeListener:
         async with self._redis.pubsub() as pubsub:
             await pubsub.subscribe(keys.CHANGES)
             self._wake_all()  # whatever happened before the subscription
+            heard = asked = time.monotonic()
             while True:
                 message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=POLL_S)
+                now = time.monotonic()
                 if message is not None:
-                    for changes in self._waiters.get(message["data"], ()):
-                        changes.changed.set()
+                    heard = asked = now
+                    self._wake(message)
+                elif now - heard > self._silence_s:
+                    raise ConnectionError("the subscription is silent")
+                elif now - asked > self._ping_s:
+                    asked = now
+                    await pubsub.ping()
+
+    def _wake(self, message: dict[str, Any]) -> None:
+        for changes in self._waiters.get(message["data"], ()):
+            changes.changed.set()
 
     def _wake_all(self) -> None:
         for waiters in self._waiters.values():

@@ -8,12 +8,23 @@ All methods raise QueueUnavailable when Redis does not answer.
 """
 
 import random
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+import structlog
 
 from server.config import Settings
-from server.errors import InvalidRequest, NotFound, QueueFull
+from server.errors import (
+    DeadlineTooShort,
+    IdempotencyMismatch,
+    InvalidRequest,
+    NotFound,
+    QueueFull,
+    QueueUnavailable,
+    TooManyJobs,
+)
 from server.protocol import (
     DEFAULT_POOL,
     DEFAULT_TENANT,
@@ -22,51 +33,42 @@ from server.protocol import (
     JobRecord,
     JobResult,
     JobSpec,
-    ModelInfo,
     Priority,
     ProtocolError,
-    WorkerInfo,
     is_job_id,
     is_name,
 )
 from server.queue import keys
-from server.queue.connection import MAX_BLOCK_S, connect, guarded, load_scripts
+from server.queue.connection import MAX_BLOCK_S, connect
 from server.queue.events import ChangeListener
+from server.queue.health import MAX_MEMORY_RATIO, RedisHealth
+from server.queue.pools import PoolBoard
+from server.queue.records import (
+    DEADLINE_MISSED,
+    WORKER_LOST,
+    Claim,
+    ClaimState,
+    claim_of,
+    record_of,
+)
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-ClaimState = Literal["held", "canceled", "lost"]
+__all__ = ["WORKER_LOST", "Claim", "ClaimState", "Idempotency", "JobQueue", "open_queue"]
 
-WORKER_LOST = JobError(
-    code="worker-lost", detail="the worker running this job died, on every attempt it was given"
-)
+log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """A worker's right to run a job. `waited_ms` is the time from submission to this claim.
+@dataclass(frozen=True)
+class Idempotency:
+    """An Idempotency-Key and the body it came with, both as sha256 in hex."""
 
-    A `solo` job was lost by an earlier worker: it may have killed it, so it runs alone.
-    """
-
-    job_id: str
-    claim_no: int
-    worker: str
-    attempts: int
-    tenant: str
-    solo: bool
-    waited_ms: int
-    cost_ms: int
-    spec: JobSpec
-
-    @property
-    def key(self) -> str:
-        """Names the claim within a worker, which may hold two claims of one job in turn."""
-        return f"{self.job_id}/{self.claim_no}"
+    key_hash: str
+    body_hash: str
 
 
-class JobQueue:
+class JobQueue(RedisHealth, PoolBoard):
     """The queue in one Redis. Use one instance per event loop.
 
     Args:
@@ -75,6 +77,7 @@ class JobQueue:
         max_attempts: claims a job gets before it is dead.
         result_ttl: seconds a finished job is kept.
         queue_limit: queued jobs per pool, beyond which `submit` refuses.
+        tenant_limit: jobs of one tenant that have not ended, beyond which `submit` refuses.
         clock_ms: the time in ms instead of Redis's own; for tests.
     """
 
@@ -86,22 +89,23 @@ class JobQueue:
         max_attempts: int = 3,
         result_ttl: int = 24 * 3600,
         queue_limit: int = 1000,
+        tenant_limit: int = 512,
         clock_ms: Callable[[], int] | None = None,
     ) -> None:
-        self.redis = redis
+        super().__init__(redis, clock_ms)
         self.lease_s = lease_s
         self.max_attempts = max_attempts
         self.result_ttl = result_ttl
         self.queue_limit = queue_limit
-        self._clock_ms = clock_ms
-        self._scripts = load_scripts(redis)
+        self.tenant_limit = tenant_limit
         self._changes = ChangeListener(redis)
         self._jitter = random.Random()
+        self._scan_cursor = 0
 
     async def close(self) -> None:
         """Stop listening and close the connections."""
         await self._changes.close()
-        await self.redis.aclose()
+        await super().close()
 
     # Callers ------------------------------------------------------------------------------------
 
@@ -114,38 +118,78 @@ class JobQueue:
         pool: str = DEFAULT_POOL,
         priority: Priority = "normal",
         cost_ms: float = 1000.0,
+        deadline_s: float | None = None,
+        idempotency: Idempotency | None = None,
     ) -> JobRecord:
         """Queue a job and return its record; the same id again is the same job, unchanged.
 
-        `cost_ms` is the estimated device time, by which tenants and priorities share fairly.
-        Raises QueueFull at the depth limit, InvalidRequest for a malformed id or name.
+        Args:
+            job_id: made by the caller (`new_job_id`).
+            spec: what to draw.
+            tenant: whose job it is.
+            pool: the workers that may run it.
+            priority: its class.
+            cost_ms: estimated device time, by which tenants and priorities share fairly.
+            deadline_s: from now; a job that has not ended by then expires.
+            idempotency: a key that was used before gives the job of that time.
+
+        Raises QueueFull (depth, memory), TooManyJobs (the tenant's own), DeadlineTooShort,
+        IdempotencyMismatch for a key used with another body, InvalidRequest for a malformed id,
+        name or deadline.
         """
         if not is_job_id(job_id) or not is_name(tenant) or not is_name(pool):
             raise InvalidRequest(f"bad job id, tenant or pool: {job_id!r}, {tenant!r}, {pool!r}")
         if priority not in PRIORITIES:
             raise InvalidRequest(f"priority {priority!r} is not one of {', '.join(PRIORITIES)}")
-        cost = max(1, round(cost_ms))
-        answer = await self._run(
-            "submit", job_id, spec.to_json(), tenant, pool, priority, cost, self.queue_limit
-        )
-        if answer == "full":
-            raise QueueFull(f"the queue holds {self.queue_limit} jobs, its limit; try again later")
-        record = await self.get(job_id)
+        deadline_ms = 0 if deadline_s is None else round(deadline_s * 1000)
+        if deadline_s is not None and deadline_ms < 1:
+            raise InvalidRequest(f"deadline_s must be at least 0.001, got {deadline_s}")
+        key = idempotency or Idempotency("", "")
+        if await self.memory_ratio() > MAX_MEMORY_RATIO:
+            raise QueueFull("the queue's memory is nearly used up; try again later")
+        answer = await self.run(
+            "submit", job_id, spec.to_json(), tenant, pool, priority, max(1, round(cost_ms)),
+            self.queue_limit, self.tenant_limit, deadline_ms, self._lease_ms,
+            key.key_hash, key.body_hash,
+        )  # fmt: skip
+        record = await self.get(self._accepted(answer, deadline_s))
         if record is None:
             raise NotFound(f"job {job_id} vanished from the queue right after it was submitted")
         return record
+
+    def _accepted(self, answer: list[Any], deadline_s: float | None) -> str:
+        """Return the id of the job that now exists, or raise why there is none."""
+        state, job_id, seq, wait_ms, each_ms = answer
+        # A tenth of the work done means room again, for some of those who come back.
+        retry_after_s = each_ms / 1000 / 10
+        if state == "full":
+            sentence = f"the queue holds {self.queue_limit} jobs, its limit; try again later"
+            raise QueueFull(sentence, retry_after_s)
+        if state == "tenant":
+            sentence = f"you have {self.tenant_limit} jobs that have not ended, the limit"
+            raise TooManyJobs(sentence, retry_after_s)
+        if state == "late":
+            sentence = (
+                f"deadline_s {deadline_s:g} is too short: the estimated wait is "
+                f"{wait_ms / 1000:.1f} s"
+            )
+            raise DeadlineTooShort(sentence, wait_ms / 1000)
+        if state == "mismatch":
+            raise IdempotencyMismatch("this Idempotency-Key was used with another body")
+        self._note_seq(int(seq))
+        return str(job_id)
 
     async def get(self, job_id: str) -> JobRecord | None:
         """Return what is known of a job, or None if there is no such job (any more)."""
         if not is_job_id(job_id):
             return None
-        fields = await guarded(self.redis.hgetall(keys.job(job_id)))
+        fields = await self.ask(self.redis.hgetall(keys.job(job_id)))
         if not fields:
             return None
         rank = None
         if fields["status"] == "queued":
-            rank = await guarded(self.redis.zrank(keys.queued(fields["pool"]), job_id))
-        return _record(job_id, fields, None if rank is None else rank + 1)
+            rank = await self.ask(self.redis.zrank(keys.queued(fields["pool"]), job_id))
+        return record_of(job_id, fields, None if rank is None else rank + 1)
 
     async def cancel(self, job_id: str) -> JobRecord | None:
         """Cancel a job that has not ended; returns its record, None if there is no such job.
@@ -154,7 +198,7 @@ class JobQueue:
         """
         if not is_job_id(job_id):
             return None
-        await self._run("cancel", job_id, self._result_ttl_ms)
+        self._note_seq(int(await self.run("cancel", job_id, self._result_ttl_ms)))
         return await self.get(job_id)
 
     async def wait(self, job_id: str, timeout_s: float) -> JobRecord:
@@ -172,7 +216,7 @@ class JobQueue:
 
     async def depth(self, pool: str = DEFAULT_POOL) -> int:
         """Return the number of queued jobs of a pool."""
-        return int(await guarded(self.redis.zcard(keys.queued(pool))))
+        return int(await self.ask(self.redis.zcard(keys.queued(pool))))
 
     # Workers ------------------------------------------------------------------------------------
 
@@ -184,125 +228,97 @@ class JobQueue:
         `idle` says that the worker runs nothing: only then may it get a solo job, or a first one
         above `max_cost`. A specification this process cannot read fails its job.
         """
-        answer = await self._run(
-            "claim", worker_id, pool, max_jobs, round(max_cost), self._lease_ms, int(idle)
-        )
+        answer = await self.run(
+            "claim", worker_id, pool, max_jobs, round(max_cost), self._lease_ms, int(idle),
+            self._result_ttl_ms, DEADLINE_MISSED.to_json(),
+        )  # fmt: skip
         claims = []
-        for job_id, claim_no, attempts, tenant, solo, waited_ms, cost_ms, spec_json in answer:
-            fence = (job_id, claim_no, worker_id)
+        for taken in answer:
             try:
-                spec = JobSpec.from_json(spec_json)
+                claims.append(claim_of(worker_id, taken))
             except ProtocolError as error:
-                await self._fail(fence, JobError(code="bad-spec", detail=str(error)), retry=False)
-                continue
-            claims.append(
-                Claim(
-                    job_id=job_id,
-                    claim_no=claim_no,
-                    worker=worker_id,
-                    attempts=attempts,
-                    tenant=tenant,
-                    solo=solo == "1",
-                    waited_ms=waited_ms,
-                    cost_ms=int(cost_ms),
-                    spec=spec,
-                )
-            )
+                await self._refuse_spec((taken[0], taken[1], worker_id), str(error))
         return claims
 
+    async def _refuse_spec(self, fence: tuple[str, int, str], why: str) -> None:
+        """Fail a job that cannot be read. If Redis is away meanwhile, its lease just ends: the
+        claims taken beside it must not be lost for it."""
+        log.error("unreadable job", job=fence[0], why=why)
+        try:
+            await self._fail(fence, JobError(code="bad-spec", detail=why), retry=False)
+        except QueueUnavailable as error:
+            log.warning("unreadable job not failed yet", job=fence[0], reason=error.detail)
+
     async def heartbeat(
-        self, worker_id: str, pool: str, claims: Sequence[Claim]
+        self, worker_id: str, pool: str, claims: Sequence[Claim], *, draining: bool = False
     ) -> list[tuple[Claim, ClaimState]]:
-        """Renew the leases of `claims`; returns those that no longer hold, and why."""
+        """Renew the leases of `claims`; returns those that no longer hold, and why.
+
+        A `draining` worker keeps its leases and is no longer listed among those that take work.
+        """
         pairs = [part for claim in claims for part in (claim.job_id, claim.claim_no)]
-        states = await self._run("heartbeat", worker_id, pool, self._lease_ms, *pairs)
+        states = await self.run("heartbeat", worker_id, pool, self._lease_ms, int(draining), *pairs)
         return [
             (claim, state) for claim, state in zip(claims, states, strict=True) if state != "held"
         ]
 
-    async def sign_off(self, worker_id: str, pool: str) -> None:
-        """Say that a worker is gone, ahead of its silence."""
-        async with self.redis.pipeline(transaction=True) as pipe:
-            pipe.zrem(keys.workers(pool), worker_id)
-            pipe.delete(keys.worker(worker_id))
-            await guarded(pipe.execute())
-
     async def progress(self, claim: Claim, step: int, total: int) -> ClaimState:
         """Record that `step` of `total` is done; tells whether the claim still holds."""
-        state: ClaimState = await self._run("progress", *_fence(claim), step, total)
+        state: ClaimState = await self.run(
+            "progress", *claim.fence, step, total, self._result_ttl_ms, DEADLINE_MISSED.to_json()
+        )
         return state
 
     async def complete(self, claim: Claim, result: JobResult) -> bool:
         """Commit the result, whose blobs must be stored; False if the claim no longer holds."""
         steps = result.steps.computed + result.steps.skipped
-        answer = await self._run(
-            "complete", *_fence(claim), result.to_json(), self._result_ttl_ms, steps
+        seq = int(
+            await self.run("complete", *claim.fence, result.to_json(), self._result_ttl_ms, steps)
         )
-        return bool(answer)
+        self._note_seq(seq)
+        return seq > 0
 
     async def fail(self, claim: Claim, error: JobError, retry: bool) -> bool:
         """End the attempt: the job fails, or with `retry` gets another until it is dead."""
-        return await self._fail(_fence(claim), error, retry)
+        return await self._fail(claim.fence, error, retry)
 
     async def release(self, claim: Claim) -> bool:
         """Hand the job back unfinished; the attempt is not charged."""
-        return bool(await self._run("release", *_fence(claim)))
-
-    async def reap(self, limit: int = 100) -> int:
-        """Take back jobs whose lease ended and wake those whose backoff is over.
-
-        Returns the number of jobs taken back. Any process may call it at any time.
-        """
-        return int(
-            await self._run(
-                "reap", limit, self.max_attempts, self._draw_jitter(), WORKER_LOST.to_json()
-            )
-        )
+        return bool(await self.run("release", *claim.fence))
 
     async def wait_for_work(self, pool: str, timeout_s: float) -> None:
         """Return when a job of the pool may be there to claim, at the latest after `timeout_s`."""
         timeout_s = min(timeout_s, MAX_BLOCK_S)
-        await guarded(self.redis.blpop([keys.wake(pool)], timeout=timeout_s))
+        await self.ask(self.redis.blpop([keys.wake(pool)], timeout=timeout_s))
 
-    # Pools --------------------------------------------------------------------------------------
+    # Any process --------------------------------------------------------------------------------
 
-    async def publish_model(self, pool: str, info: ModelInfo) -> None:
-        """Tell the API what the workers of a pool serve."""
-        async with self.redis.pipeline(transaction=True) as pipe:
-            pipe.hset(keys.model(pool), "info", info.to_json())
-            pipe.sadd(keys.POOLS, pool)
-            await guarded(pipe.execute())
+    async def reap(self, limit: int = 100) -> int:
+        """Take back jobs whose lease ended, end those past their deadline, wake those whose
+        backoff is over, and look whether data were lost.
 
-    async def model_info(self, pool: str = DEFAULT_POOL) -> ModelInfo | None:
-        """Return what a pool serves, None as long as no worker has said so."""
-        info = await guarded(self.redis.hget(keys.model(pool), "info"))
-        return None if info is None else ModelInfo.from_json(info)
+        Returns the number of jobs taken back. Any process may call it at any time.
+        """
+        taken, epoch, seq, lost = await self.run(
+            "reap", limit, self.max_attempts, self._draw_jitter(), WORKER_LOST.to_json(),
+            self._lease_ms, self._result_ttl_ms, DEADLINE_MISSED.to_json(),
+            self._epoch, self._seq, secrets.token_hex(8),
+        )  # fmt: skip
+        self._note_epoch(epoch, int(seq), lost)
+        return int(taken)
 
-    async def pools(self) -> list[str]:
-        """Return the names of the pools with a published model, sorted."""
-        return sorted(await guarded(self.redis.smembers(keys.POOLS)))
+    async def reconcile(self) -> int:
+        """Look at some more of all jobs for running ones without a lease; returns those found."""
+        self._scan_cursor, found = await self.ask(
+            self.redis.scan(self._scan_cursor, match=f"{keys.job('*')}", count=500)
+        )
+        ids = [key.rsplit(":", 1)[1] for key in found]
+        return int(await self.run("reconcile", *ids)) if ids else 0
 
-    async def workers(self, pool: str = DEFAULT_POOL) -> list[WorkerInfo]:
-        """Return the workers of a pool whose heartbeat is younger than the lease."""
-        ids = await guarded(self.redis.zrange(keys.workers(pool), 0, -1))
-        async with self.redis.pipeline(transaction=False) as pipe:
-            for worker_id in ids:
-                pipe.hgetall(keys.worker(worker_id))
-            entries = await guarded(pipe.execute()) if ids else []
-        return [
-            WorkerInfo(
-                id=worker_id,
-                pool=entry["pool"],
-                running=int(entry["running"]),
-                beat_ms=int(entry["beat_ms"]),
-            )
-            for worker_id, entry in zip(ids, entries, strict=True)
-            if entry
-        ]
-
-    async def ping(self) -> None:
-        """Return if Redis answers, else raise QueueUnavailable."""
-        await guarded(self.redis.ping())
+    async def stats(self) -> dict[str, int]:
+        """Return the counts of fenced writes and reclaimed jobs since the beginning."""
+        counts = await self.ask(self.redis.hgetall(keys.STATS))
+        return {name: int(counts.get(name, 0)) for name in ("fenced", "reclaimed")}
 
     # --------------------------------------------------------------------------------------------
 
@@ -319,16 +335,11 @@ class JobQueue:
 
     async def _fail(self, fence: tuple[str, int, str], error: JobError, retry: bool) -> bool:
         return bool(
-            await self._run(
+            await self.run(
                 "fail", *fence, error.to_json(), self._result_ttl_ms,
                 int(retry), self.max_attempts, self._draw_jitter(),
             )
         )  # fmt: skip
-
-    async def _run(self, name: str, *args: str | int) -> Any:
-        """Run a script. The key names the shard; the scripts derive the rest from the prefix."""
-        now = self._clock_ms() if self._clock_ms else 0
-        return await guarded(self._scripts[name](keys=[keys.SEQ], args=[now, *args]))
 
 
 def open_queue(settings: Settings) -> JobQueue:
@@ -339,35 +350,5 @@ def open_queue(settings: Settings) -> JobQueue:
         max_attempts=settings.max_attempts,
         result_ttl=settings.result_ttl,
         queue_limit=settings.queue_limit,
-    )
-
-
-def _fence(claim: Claim) -> tuple[str, int, str]:
-    return claim.job_id, claim.claim_no, claim.worker
-
-
-def _record(job_id: str, fields: dict[str, str], position: int | None) -> JobRecord:
-    def number(name: str) -> int | None:
-        return int(fields[name]) if name in fields else None
-
-    ended = "finished_ms" in fields
-    return JobRecord(
-        id=job_id,
-        status=fields["status"],  # type: ignore[arg-type]
-        tenant=fields["tenant"],
-        pool=fields["pool"],
-        priority=fields["priority"],  # type: ignore[arg-type]
-        spec=JobSpec.from_json(fields["spec"]),
-        step=int(fields["step"]),
-        total=int(fields["total"]),
-        position=position,
-        attempts=int(fields["attempts"]),
-        claim_no=int(fields["claim_no"]),
-        worker=fields["worker"] or None,
-        submitted_ms=int(fields["submitted_ms"]),
-        started_ms=number("started_ms"),
-        finished_ms=number("finished_ms"),
-        expires_ms=number("expires_ms"),
-        error=JobError.from_json(fields["error"]) if ended and "error" in fields else None,
-        result=JobResult.from_json(fields["result"]) if "result" in fields else None,
+        tenant_limit=settings.tenant_limit,
     )

@@ -6,6 +6,7 @@ Times are integer milliseconds.
 key                               type    holds
 job:<id>                          hash    one job; TTL once it has ended
 queued:<pool>                     zset    every queued job by submit order: depth and positions
+work:<pool>                       hash    priority -> sum of the costs of its queued jobs, in ms
 ready:<pool>:<priority>:<tenant>  zset    jobs to claim, by submit order
 ring:<pool>                       zset    priorities with work -> virtual time (cost / weight)
 served:<pool>                     hash    a priority's virtual time while it has no work
@@ -14,14 +15,20 @@ solo:<pool>                       zset    reclaimed jobs, each to run alone, by 
 drain:<pool>                      string  the busy worker that empties itself for a solo job
 lease                             zset    running jobs -> end of their lease
 scheduled                         zset    jobs waiting out a backoff -> when they are due
+deadline                          zset    jobs that must end by some time -> that time
 dead                              zset    jobs that used up their attempts -> when
+open:<tenant>                     zset    a tenant's jobs that have not ended
+idem:<tenant>:<sha256 of key>     hash    job of an Idempotency-Key, and hash of its body; TTL
 events:<id>                       stream  what happened to a job
 wake:<pool>                       list    tokens that wake idle workers
-model:<pool>                      hash    what the workers of the pool serve
+model:<pool>                      hash    what the workers of the pool serve, and who said so
 pools                             set     pools with a published model
 workers:<pool>                    zset    workers -> last heartbeat
 worker:<id>                       hash    one worker; expires without heartbeats
-seq                               string  the submit order counter
+seq                               string  logical time: grows with every job that comes or ends
+epoch                             hash    names one unbroken history; when it was last looked at
+stats                             hash    fenced writes and reclaimed jobs, counted
+sweep                             string  who sweeps the blob store; TTL
 changes                           channel ids of jobs that changed
 """
 
@@ -30,9 +37,13 @@ PREFIX = "{lumina}:"
 QUEUED = PREFIX + "queued:"
 LEASE = PREFIX + "lease"
 SCHEDULED = PREFIX + "scheduled"
+DEADLINE = PREFIX + "deadline"
 DEAD = PREFIX + "dead"
 POOLS = PREFIX + "pools"
 SEQ = PREFIX + "seq"
+EPOCH = PREFIX + "epoch"
+STATS = PREFIX + "stats"
+SWEEP = PREFIX + "sweep"
 CHANGES = PREFIX + "changes"
 
 SECOND_MS = 1000
@@ -45,6 +56,12 @@ DRAIN_TTL_MS = 30 * SECOND_MS
 WAKE_TTL_MS = 60 * SECOND_MS
 WAKE_LIMIT = 64
 BACKOFF_MS = 2 * SECOND_MS
+IDEM_TTL_MS = DAY_MS
+EXPIRE_LIMIT = 100  # late jobs that one claim ends
+
+# Nobody reaped for so long: an outage. Then a claim gets so much more time to be renewed.
+OUTAGE_MS = 3 * SECOND_MS
+GRACE_MS = 5 * SECOND_MS
 
 WEIGHTS = {"low": 1, "normal": 4, "high": 16}
 
@@ -74,6 +91,16 @@ def ready(pool: str, priority: str, tenant: str) -> str:
     return f"{PREFIX}ready:{pool}:{priority}:{tenant}"
 
 
+def work(pool: str) -> str:
+    """The queued work of a pool by priority."""
+    return f"{PREFIX}work:{pool}"
+
+
+def open_jobs(tenant: str) -> str:
+    """The jobs of a tenant that have not ended."""
+    return f"{PREFIX}open:{tenant}"
+
+
 def wake(pool: str) -> str:
     """The list idle workers of a pool block on."""
     return f"{PREFIX}wake:{pool}"
@@ -100,8 +127,12 @@ def lua_prelude() -> str:
         "PREFIX": PREFIX,
         "LEASE": LEASE,
         "SCHEDULED": SCHEDULED,
+        "DEADLINE": DEADLINE,
         "DEAD": DEAD,
         "POOLS": POOLS,
+        "SEQ": SEQ,
+        "EPOCH": EPOCH,
+        "STATS": STATS,
         "CHANGES": CHANGES,
         "DEAD_TTL": DEAD_TTL_MS,
         "DEAD_LIMIT": DEAD_LIMIT,
@@ -111,6 +142,10 @@ def lua_prelude() -> str:
         "WAKE_TTL": WAKE_TTL_MS,
         "WAKE_LIMIT": WAKE_LIMIT,
         "BACKOFF": BACKOFF_MS,
+        "IDEM_TTL": IDEM_TTL_MS,
+        "EXPIRE_LIMIT": EXPIRE_LIMIT,
+        "OUTAGE": OUTAGE_MS,
+        "GRACE": GRACE_MS,
     }
     values = [f"'{value}'" if isinstance(value, str) else str(value) for value in names.values()]
     weights = ", ".join(f"{priority} = {weight}" for priority, weight in WEIGHTS.items())

@@ -22,6 +22,7 @@ from server.errors import QueueUnavailable
 from server.protocol import JobError, JobResult, ModelInfo
 from server.queue.connection import MAX_BLOCK_S, end_tasks
 from server.queue.jobs import Claim, JobQueue
+from server.queue.upkeep import Upkeep
 from server.scheduler.scheduler import Capacity
 from server.worker.pulse import Pulse
 
@@ -31,7 +32,6 @@ T = TypeVar("T")
 RETRY_S = (0.2, 2.0)
 BUSY_CLAIM_S = 0.05
 PROGRESS_S = 0.05
-REAP_S = (0.5, 1.5)
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,8 @@ class Intake:
         self._asked: Future[None] | None = None
         self._waiting: asyncio.Future[None] | None = None
         self._stopping = False
+        self._draining = False
+        self._beating = asyncio.Lock()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
 
@@ -82,10 +84,12 @@ class Intake:
     def start(self, info: ModelInfo) -> None:
         """Start the thread, tell the API what this worker serves, and show up as alive."""
         self._queue = self._open_queue()
+        self._info = info
         self._thread.start()
-        self._call(self._publish(info))
-        for task in (self._beat, self._report, self._reap):
+        self._call(self._publish())
+        for task in (self._beat, self._report):
             self._call(self._forever(task))
+        self._call(Upkeep(self._queue).run())
 
     def poll(self, capacity: Capacity, wait_s: float = 0.0) -> Inbox:
         """Return the news, waiting up to `wait_s` for some; asks for jobs where there is room."""
@@ -120,13 +124,16 @@ class Intake:
         return self._call(self._settle(claim, lambda: self._queue.release(claim)))
 
     def stop_claiming(self, timeout_s: float) -> None:
-        """Take no new jobs; on return the last ones claimed have arrived for `poll`.
+        """Sign off and take no new jobs; on return the last ones claimed have arrived for `poll`.
 
         A claim under way is not cut off: its jobs would stay with this worker until their leases
         end.
         """
         self._stopping = True
         self._loop.call_soon_threadsafe(self._stop_waiting)
+        signed_off = self._call(self._sign_off())
+        with contextlib.suppress(TimeoutError):
+            signed_off.result(timeout_s)
         if self._asked is not None:
             with contextlib.suppress(TimeoutError):
                 self._asked.result(timeout_s)
@@ -178,6 +185,9 @@ class Intake:
                 await self._wait_for_work()
             except QueueUnavailable as error:
                 await self._pause("claim", error)
+            except Exception:
+                log.exception("claim failed")
+                await asyncio.sleep(RETRY_S[1])
 
     async def _wait_for_work(self) -> None:
         self._waiting = asyncio.ensure_future(self._queue.wait_for_work(self.pool, MAX_BLOCK_S))
@@ -194,10 +204,29 @@ class Intake:
         if self._pulse.hung():
             log.error("no progress: leases are let go", jobs=len(self._held))
         else:
-            gone = await self._queue.heartbeat(self.worker_id, self.pool, list(self._held.values()))
-            for claim, state in gone:
-                self._drop(claim, state)
+            await self._renew()
+            if not self._draining and await self._queue.renew_model(
+                self.pool, self._info, self.worker_id
+            ):
+                log.warning("the offer was gone and stands again", model=self._info.name)
         await asyncio.sleep(self._queue.lease_s / 3)
+
+    async def _renew(self) -> None:
+        async with self._beating:  # a beat under way must not overtake the signing off
+            held = list(self._held.values())
+            gone = await self._queue.heartbeat(
+                self.worker_id, self.pool, held, draining=self._draining
+            )
+        for claim, state in gone:
+            self._drop(claim, state)
+
+    async def _sign_off(self) -> None:
+        """Say that this worker takes no more; its leases go on."""
+        self._draining = True
+        try:
+            await self._renew()
+        except QueueUnavailable as error:  # the next beat says it
+            log.warning("queue away", doing="sign off", reason=error.detail)
 
     async def _report(self) -> None:
         """Send the latest step of every job; the answer tells at once who was canceled."""
@@ -209,12 +238,6 @@ class Intake:
                 if state != "held":
                     self._drop(claim, state)
         await asyncio.sleep(PROGRESS_S)
-
-    async def _reap(self) -> None:
-        await asyncio.sleep(random.uniform(*REAP_S))
-        taken = await self._queue.reap()
-        if taken:
-            log.warning("jobs taken back from silent workers", jobs=taken)
 
     async def _settle(self, claim: Claim, act: Callable[[], Awaitable[bool]]) -> bool:
         """End a claim, retrying while Redis is away: the lease is renewed meanwhile."""
@@ -243,10 +266,10 @@ class Intake:
             log.info("job dropped", job=claim.job_id, claim_no=claim.claim_no, why=state)
             self._news.put(claim.key)
 
-    async def _publish(self, info: ModelInfo) -> None:
+    async def _publish(self) -> None:
         while True:
             try:
-                await self._queue.publish_model(self.pool, info)
+                await self._queue.publish_model(self.pool, self._info, self.worker_id)
                 return
             except QueueUnavailable as error:
                 await self._pause("publish", error)
@@ -264,6 +287,8 @@ class Intake:
     async def _say_goodbye(self, settle_s: float) -> None:
         if self._settling:
             await asyncio.wait(self._settling, timeout=settle_s)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await end_tasks(*(task for task in others if task is not None))
         with contextlib.suppress(QueueUnavailable):
             await self._queue.sign_off(self.worker_id, self.pool)
         await self._queue.close()

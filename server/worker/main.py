@@ -29,6 +29,8 @@ log = structlog.get_logger(__name__)
 
 IDLE_WAIT_S = 0.2
 GOODBYE_S = 3.0
+MISUSE = 2  # exit codes: the checkpoint cannot be served; ...
+LOAD_FAULT = 3  # ... it could not be loaded this time, which another start may cure
 FULL = Capacity(jobs=0, cost_ms=0.0, idle=False)
 
 
@@ -147,11 +149,16 @@ def run_worker(
     pool: str = DEFAULT_POOL,
     worker_id: str | None = None,
     load: Callable[[Path, str], LoadedModel] = load_model,
+    token_fd: int | None = None,
 ) -> int:
     """Serve jobs of `pool` with the checkpoint in `model_dir` until SIGTERM or SIGINT.
 
-    Returns the exit code 2 (and prints one line on stderr) when the checkpoint cannot be served;
-    an orderly stop ends the process with 0. Must be called from the main thread.
+    `token_fd` is a pipe that several workers share: only the one that finds a byte in it says why
+    their common checkpoint cannot be served.
+
+    Returns the exit code 2 when the checkpoint cannot be served, 3 when loading it failed for
+    another reason (with one line on stderr each); an orderly stop ends the process with 0. Must be
+    called from the main thread.
     """
     worker_id = worker_id or f"{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(3)}"
     configure_logging(settings.log_level, worker=worker_id, pool=pool)
@@ -165,8 +172,13 @@ def run_worker(
         info = warm_up(model)  # refuses what no part alone can see, such as an impossible default
         pulse.beat()  # the warm-up is the first stage by which later ones are judged
     except (ValueError, OSError) as error:
-        print(f"lumina worker: {_one_line(error)}", file=sys.stderr, flush=True)
-        return 2
+        _say_once(f"lumina worker: {_one_line(error)}", token_fd)
+        return MISUSE
+    except Exception as error:
+        log.exception("loading failed")
+        what = f"{type(error).__name__}: {_one_line(error)}"
+        print(f"lumina worker: loading failed: {what}", file=sys.stderr, flush=True)
+        return LOAD_FAULT
     load_s = round(time.monotonic() - started, 2)
     log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s, **model.arithmetic)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
@@ -200,6 +212,17 @@ def _leave_at_once() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _say_once(line: str, token_fd: int | None) -> None:
+    if token_fd is not None:
+        try:
+            mine = os.read(token_fd, 1)
+        except BlockingIOError:  # another worker has said it
+            mine = b""
+        if not mine:
+            return
+    print(line, file=sys.stderr, flush=True)
 
 
 def _one_line(error: Exception) -> str:

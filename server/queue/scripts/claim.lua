@@ -1,24 +1,39 @@
--- ARGV: clock, worker, pool, max jobs, max cost, lease ms, idle ('1': the worker runs nothing)
+-- ARGV: clock, worker, pool, max jobs, max cost, lease ms, idle ('1': the worker runs nothing),
+--   ttl and error of a job that missed its deadline
 -- Gives {id, claim_no, attempts, tenant, solo, waited ms, cost, spec}, ...
 local worker, pool, room, lease_ms = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[6])
 local budget, idle = tonumber(ARGV[5]), ARGV[7] == '1'
 local ring, solo, drain = pool_key('ring', pool), pool_key('solo', pool), pool_key('drain', pool)
-local claims = {}
+local claims, expired = {}, 0
+
+-- Whether a job is too late to begin; it expires here rather than take a device.
+local function too_late(id)
+  if not late(redis.call('HGET', job_key(id), 'deadline_ms')) then return false end
+  finish(id, 'expired', tonumber(ARGV[8]), 'error', ARGV[9])
+  expired = expired + 1
+  return true
+end
 
 local function take(id)
   local job = job_key(id)
   local claim_no = redis.call('HINCRBY', job, 'claim_no', 1)
   local attempts = redis.call('HINCRBY', job, 'attempts', 1)
-  local f = redis.call('HMGET', job, 'tenant', 'solo', 'submitted_ms', 'cost', 'spec')
+  local f = redis.call('HMGET', job, 'tenant', 'solo', 'submitted_ms', 'cost', 'spec', 'priority')
   redis.call('HSET', job, 'status', 'running', 'worker', worker, 'step', 0)
   redis.call('HSETNX', job, 'started_ms', now)
-  redis.call('ZREM', pool_key('queued', pool), id)
+  leave_queue(id, pool, f[6], f[4])
   redis.call('ZADD', LEASE, now + lease_ms, id)
   announce(id, 'started', 'attempt', attempts)
   claims[#claims + 1] = {id, claim_no, attempts, f[1], f[2], now - f[3], f[4], f[5]}
 end
 
-local lone = redis.call('ZRANGE', solo, 0, 0)[1]
+local function next_lone()
+  local id = redis.call('ZRANGE', solo, 0, 0)[1]
+  while id and expired < EXPIRE_LIMIT and too_late(id) do id = redis.call('ZRANGE', solo, 0, 0)[1] end
+  return id
+end
+
+local lone = room > 0 and next_lone()
 if lone and idle then
   redis.call('ZREM', solo, lone)
   redis.call('DEL', drain)
@@ -31,20 +46,22 @@ if lone then
   if redis.call('GET', drain) == worker then return claims end
 end
 
-while #claims < room do
+while #claims < room and expired < EXPIRE_LIMIT do
   local first = redis.call('ZRANGE', ring, 0, 0, 'WITHSCORES')
   local priority = first[1]
   if not priority then break end
   local tenants = ring .. ':' .. priority
   local tenant = redis.call('ZRANGE', tenants, 0, 0)[1]
   local id = redis.call('ZRANGE', ready_key(pool, priority, tenant), 0, 0)[1]
-  local cost = tonumber(redis.call('HGET', job_key(id), 'cost'))
-  if cost > budget and not (idle and #claims == 0) then break end
-  budget = budget - cost
-  local spent = redis.call('ZINCRBY', ring, cost / WEIGHTS[priority], priority)
-  redis.call('HSET', pool_key('served', pool), priority, spent, 'latest', first[2])
-  redis.call('ZINCRBY', tenants, cost, tenant)
-  leave_ready(id, pool, priority, tenant)
-  take(id)
+  if not too_late(id) then
+    local cost = tonumber(redis.call('HGET', job_key(id), 'cost'))
+    if cost > budget and not (idle and #claims == 0) then break end
+    budget = budget - cost
+    local spent = redis.call('ZINCRBY', ring, cost / WEIGHTS[priority], priority)
+    redis.call('HSET', pool_key('served', pool), priority, spent, 'latest', first[2])
+    redis.call('ZINCRBY', tenants, cost, tenant)
+    leave_ready(id, pool, priority, tenant)
+    take(id)
+  end
 end
 return claims

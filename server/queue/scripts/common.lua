@@ -1,9 +1,12 @@
 -- Prepended to every script, after the names of keys.py. ARGV[1] is the clock: 0 in production.
+-- At maxmemory Redis refuses a script at its first write, if that may grow. Scripts that free work
+-- therefore begin with a removal.
 local function redis_ms() local t = redis.call('TIME') return t[1] * 1000 + math.floor(t[2] / 1000) end
 local now = tonumber(ARGV[1]) > 0 and tonumber(ARGV[1]) or redis_ms()
 
 local function job_key(id) return PREFIX .. 'job:' .. id end
 local function pool_key(kind, pool) return PREFIX .. kind .. ':' .. pool end
+local function open_key(tenant) return PREFIX .. 'open:' .. tenant end
 local function ready_key(pool, priority, tenant)
   return PREFIX .. 'ready:' .. pool .. ':' .. priority .. ':' .. tenant
 end
@@ -48,29 +51,6 @@ local function make_ready(id)
   wake(pool)
 end
 
--- A running job is queued again, after `delay` ms.
-local function requeue(id, delay)
-  local f = redis.call('HMGET', job_key(id), 'pool', 'seq')
-  redis.call('HSET', job_key(id), 'status', 'queued', 'worker', '', 'step', 0)
-  redis.call('ZADD', pool_key('queued', f[1]), f[2], id)
-  if delay > 0 then redis.call('ZADD', SCHEDULED, now + delay, id) else make_ready(id) end
-  announce(id, 'queued')
-end
-
--- The one way into a terminal status. Extra arguments are further fields of the job.
-local function finish(id, status, ttl, ...)
-  redis.call('HSET', job_key(id), 'status', status, 'finished_ms', now, 'expires_ms', now + ttl, ...)
-  redis.call('PEXPIRE', job_key(id), ttl)
-  announce(id, status)
-  redis.call('PEXPIRE', PREFIX .. 'events:' .. id, math.min(ttl, EVENTS_TTL))
-end
-
-local function bury(id, error)
-  redis.call('ZADD', DEAD, now, id)
-  redis.call('ZREMRANGEBYRANK', DEAD, 0, -DEAD_LIMIT - 1)
-  finish(id, 'failed', DEAD_TTL, 'error', error)
-end
-
 -- Take a job out of its tenant's list; a tenant or priority without work leaves its ring.
 local function leave_ready(id, pool, priority, tenant)
   local list, ring = ready_key(pool, priority, tenant), pool_key('ring', pool)
@@ -81,11 +61,87 @@ local function leave_ready(id, pool, priority, tenant)
   end
 end
 
+-- The queued jobs of a pool by submit order, and the sum of their costs by priority.
+local function enter_queue(id, pool, priority, seq, cost)
+  redis.call('ZADD', pool_key('queued', pool), seq, id)
+  redis.call('HINCRBY', pool_key('work', pool), priority, cost)
+end
+
+local function leave_queue(id, pool, priority, cost)
+  local queued, work = pool_key('queued', pool), pool_key('work', pool)
+  if redis.call('ZREM', queued, id) == 0 then return end
+  if redis.call('EXISTS', queued) == 0 then
+    redis.call('DEL', work)
+  else
+    redis.call('HINCRBY', work, priority, -cost)
+  end
+end
+
+-- Extra arguments are further fields of the job.
+local function create(id, spec, tenant, pool, priority, cost, ...)
+  local seq = redis.call('INCR', SEQ)
+  redis.call('HSET', job_key(id), 'status', 'queued', 'tenant', tenant, 'pool', pool,
+    'priority', priority, 'spec', spec, 'cost', cost, 'seq', seq, 'claim_no', 0, 'attempts', 0,
+    'worker', '', 'step', 0, 'total', 0, 'solo', 0, 'submitted_ms', now, ...)
+  enter_queue(id, pool, priority, seq, cost)
+  redis.call('ZADD', open_key(tenant), seq, id)
+  make_ready(id)
+  announce(id, 'queued')
+  return seq
+end
+
+-- A running job is queued again, after `delay` ms.
+local function requeue(id, delay)
+  local f = redis.call('HMGET', job_key(id), 'pool', 'seq', 'priority', 'cost')
+  redis.call('HSET', job_key(id), 'status', 'queued', 'worker', '', 'step', 0)
+  enter_queue(id, f[1], f[3], f[2], f[4])
+  if delay > 0 then redis.call('ZADD', SCHEDULED, now + delay, id) else make_ready(id) end
+  announce(id, 'queued')
+end
+
+-- The one way into a terminal status, from any other. Gives the service's logical time (SEQ), or
+-- nothing where there is no such job. Extra arguments are further fields of the job.
+local function finish(id, status, ttl, ...)
+  local job = job_key(id)
+  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost')
+  redis.call('ZREM', LEASE, id)
+  redis.call('ZREM', DEADLINE, id)
+  if f[1] == 'queued' then
+    redis.call('ZREM', SCHEDULED, id)
+    redis.call('ZREM', pool_key('solo', f[2]), id)
+    leave_ready(id, f[2], f[3], f[4])
+    leave_queue(id, f[2], f[3], f[5])
+  elseif f[1] ~= 'running' then
+    return nil
+  end
+  redis.call('ZREM', open_key(f[4]), id)
+  redis.call('HSET', job, 'status', status, 'finished_ms', now, 'expires_ms', now + ttl, ...)
+  redis.call('PEXPIRE', job, ttl)
+  announce(id, status)
+  redis.call('PEXPIRE', PREFIX .. 'events:' .. id, math.min(ttl, EVENTS_TTL))
+  return redis.call('INCR', SEQ)
+end
+
+local function bury(id, error)
+  redis.call('ZREM', LEASE, id)
+  redis.call('ZADD', DEAD, now, id)
+  redis.call('ZREMRANGEBYRANK', DEAD, 0, -DEAD_LIMIT - 1)
+  return finish(id, 'failed', DEAD_TTL, 'error', error)
+end
+
+local function late(deadline_ms) return deadline_ms and tonumber(deadline_ms) <= now end
+
 -- The fence: 'held' if this claim is the job's current one, else why it is not.
 local function claim_state(id, claim_no, worker)
   local f = redis.call('HMGET', job_key(id), 'status', 'claim_no', 'worker')
   if f[1] == 'running' and f[2] == claim_no and f[3] == worker then return 'held' end
-  return f[1] == 'canceled' and 'canceled' or 'lost'
+  return (f[1] == 'canceled' or f[1] == 'expired') and f[1] or 'lost'
+end
+
+-- Counters for operators; the removal lets a refusal be counted at maxmemory too.
+local function count(what, number)
+  redis.call('HDEL', STATS, '-')
+  redis.call('HINCRBY', STATS, what, number)
 end
 
 local function backoff(attempts, jitter)

@@ -1,7 +1,10 @@
 -- ARGV: clock, id, claim_no, worker, error, ttl, retry ('1'), max attempts, jitter
 -- Gives 1 if the claim was current: the job failed, or waits out a backoff for its next attempt.
 local id = ARGV[2]
-if claim_state(id, ARGV[3], ARGV[4]) ~= 'held' then return 0 end
+if claim_state(id, ARGV[3], ARGV[4]) ~= 'held' then
+  count('fenced', 1)
+  return 0
+end
 redis.call('ZREM', LEASE, id)
 local attempts = tonumber(redis.call('HGET', job_key(id), 'attempts'))
 if ARGV[7] ~= '1' then

@@ -1,14 +1,45 @@
--- ARGV: clock, id, spec, tenant, pool, priority, cost, depth limit
+-- ARGV: clock, id, spec, tenant, pool, priority, cost, depth limit, tenant limit,
+--   deadline (ms from now, 0: none), lease ms, hash of the idempotency key ('': none), of the body
+-- Gives {state, job id, logical time, estimated wait ms, queued work ms per worker}.
 -- A job that exists already is left as it is: repeating a submission is safe.
 local id, spec, tenant, pool, priority = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
-if redis.call('EXISTS', job_key(id)) == 1 then return 'exists' end
-local queued = pool_key('queued', pool)
-if redis.call('ZCARD', queued) >= tonumber(ARGV[8]) then return 'full' end
-local seq = redis.call('INCR', PREFIX .. 'seq')
-redis.call('HSET', job_key(id), 'status', 'queued', 'tenant', tenant, 'pool', pool,
-  'priority', priority, 'spec', spec, 'cost', ARGV[7], 'seq', seq, 'claim_no', 0, 'attempts', 0,
-  'worker', '', 'step', 0, 'total', 0, 'solo', 0, 'submitted_ms', now)
-redis.call('ZADD', queued, seq, id)
-make_ready(id)
-announce(id, 'queued')
-return 'queued'
+local cost, deadline, key_hash = tonumber(ARGV[7]), tonumber(ARGV[10]), ARGV[12]
+if redis.call('EXISTS', job_key(id)) == 1 then return {'exists', id, 0, 0, 0} end
+local idem = PREFIX .. 'idem:' .. tenant .. ':' .. key_hash
+if key_hash ~= '' then
+  local known = redis.call('HMGET', idem, 'job', 'body')
+  if known[1] and redis.call('EXISTS', job_key(known[1])) == 1 then
+    return {known[2] == ARGV[13] and 'exists' or 'mismatch', known[1], 0, 0, 0}
+  end
+end
+
+-- A class gets its share of the device while others have work; it never waits for more than all.
+local total, mine, weights = 0, 0, WEIGHTS[priority]
+local work = redis.call('HGETALL', pool_key('work', pool))
+for i = 1, #work, 2 do
+  local ms = tonumber(work[i + 1])
+  total = total + ms
+  if work[i] == priority then mine = ms elseif ms > 0 then weights = weights + WEIGHTS[work[i]] end
+end
+local workers = redis.call('ZCOUNT', pool_key('workers', pool), now - tonumber(ARGV[11]), '+inf')
+workers = math.max(1, workers)
+local wait = math.floor(math.min(total, mine * weights / WEIGHTS[priority]) / workers)
+local each = math.floor(total / workers)
+
+local function refuse(why) return {why, id, 0, wait, each} end
+if redis.call('ZCARD', pool_key('queued', pool)) >= tonumber(ARGV[8]) then return refuse('full') end
+if redis.call('ZCARD', open_key(tenant)) >= tonumber(ARGV[9]) then return refuse('tenant') end
+if deadline > 0 and wait + cost > deadline then return refuse('late') end
+
+local seq
+if deadline > 0 then
+  seq = create(id, spec, tenant, pool, priority, cost, 'deadline_ms', now + deadline)
+  redis.call('ZADD', DEADLINE, now + deadline, id)
+else
+  seq = create(id, spec, tenant, pool, priority, cost)
+end
+if key_hash ~= '' then
+  redis.call('HSET', idem, 'job', id, 'body', ARGV[13])
+  redis.call('PEXPIRE', idem, IDEM_TTL)
+end
+return {'queued', id, seq, wait, each}

@@ -58,6 +58,19 @@ def test_data_survive_a_kill_and_a_restart(tmp_path):
     assert not socket.parent.exists()
 
 
+def test_the_socket_of_a_killed_run_is_cleared_away(tmp_path):
+    killed = EmbeddedRedis(tmp_path)
+    folder = Path(killed.url.removeprefix("unix://")).parent
+    assert folder.is_dir()
+    after = EmbeddedRedis(tmp_path)  # nobody has stopped the first
+    assert not folder.exists()
+    assert Path(after.url.removeprefix("unix://")).parent.is_dir()
+    after.stop()
+    (tmp_path / "redis" / "socket-folder").write_text(str(tmp_path))  # never anything else
+    EmbeddedRedis(tmp_path).stop()
+    assert tmp_path.is_dir()
+
+
 def test_a_server_that_cannot_start_says_where_to_look(tmp_path):
     server = EmbeddedRedis(tmp_path)
     (tmp_path / "redis" / "appendonly.aof").write_bytes(b"*9\r\nnonsense that no server wrote\r\n")

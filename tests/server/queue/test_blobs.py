@@ -52,3 +52,14 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match="no space"):
         FullDisk(f"file://{tmp_path}").put(PATH, b"data")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_bytes_that_come_back_wrong_are_no_success(tmp_path):
+    class Lossy(BlobStore):
+        @staticmethod
+        def _write_synced(path, data):
+            with open(path, "wb") as file:
+                file.write(data[:-1])
+
+    with pytest.raises(OSError, match="other bytes"):
+        Lossy(f"file://{tmp_path}").put(PATH, b"data")

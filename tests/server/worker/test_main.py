@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from server.config import Settings
 from server.protocol import JobSpec, new_job_id
 from server.queue.blobs import BlobStore
 from server.queue.connection import connect
@@ -349,21 +348,3 @@ def test_a_worker_outlives_its_redis(tmp_path, worker_process):
         assert process.poll() is None
     finally:
         redis.stop()
-
-
-@pytest.mark.usefixtures("kept_logging")
-def test_a_worker_that_cannot_load_says_so_in_one_line(tmp_path, capsys):
-    from server.worker.main import run_worker
-
-    def load(_, precision):
-        assert precision == "auto"
-        raise ValueError("vae/config.json: is missing")
-
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    try:
-        code = run_worker(Settings(data_dir=tmp_path), tmp_path, load=load)
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
-    assert code == 2
-    assert capsys.readouterr().err == "lumina worker: vae/config.json: is missing\n"
