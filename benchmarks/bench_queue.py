@@ -152,17 +152,15 @@ def main() -> None:
             figures = asyncio.run(measure(redis.url, options.jobs))
         finally:
             redis.stop()
-    print(
-        f"submit + claim + complete: {figures['jobs_per_s']} jobs/s (load {around['load_before']})"
-    )
+    rate, load = figures["jobs_per_s"], around["load_before"]
+    print(f"submit + claim + complete: {rate} jobs/s (load before: {load})")
     small, large = (figures[f"depth_{depth}"]["p99_ms"] for depth in DEPTHS)
     print(f"{'p99 ms':<12}" + "".join(f"{depth:>10} queued" for depth in DEPTHS))
     for name in small:
         print(f"{name:<12}{small[name]:>17.2f}{large[name]:>17.2f}")
     for depth in DEPTHS:
-        print(
-            f"Redis' own us per script at {depth}: {figures[f'depth_{depth}']['redis_us_per_call']}"
-        )
+        own = figures[f"depth_{depth}"]["redis_us_per_call"]
+        print(f"Redis' own us per call at {depth} queued: {own}")
     if options.write:
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps(figures | around, indent=2)

@@ -41,8 +41,6 @@ def connect(url: str) -> Redis:
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=SOCKET_TIMEOUT_S,
         retry=Retry(NoBackoff(), 0),
-        lib_name=None,  # each would cost another round trip per connection
-        lib_version=None,
         **tcp,
     )
     return client

@@ -56,6 +56,7 @@ DRAIN_TTL_MS = 30 * SECOND_MS
 WAKE_TTL_MS = 60 * SECOND_MS
 WAKE_LIMIT = 64
 BACKOFF_MS = 2 * SECOND_MS
+BACKOFF_LIMIT_MS = 60 * SECOND_MS
 IDEM_TTL_MS = DAY_MS
 EXPIRE_LIMIT = 100  # late jobs that one claim ends
 
@@ -142,6 +143,7 @@ def lua_prelude() -> str:
         "WAKE_TTL": WAKE_TTL_MS,
         "WAKE_LIMIT": WAKE_LIMIT,
         "BACKOFF": BACKOFF_MS,
+        "BACKOFF_LIMIT": BACKOFF_LIMIT_MS,
         "IDEM_TTL": IDEM_TTL_MS,
         "EXPIRE_LIMIT": EXPIRE_LIMIT,
         "OUTAGE": OUTAGE_MS,

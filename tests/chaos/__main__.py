@@ -2,9 +2,12 @@
 
 import argparse
 import asyncio
+import logging
 import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+import structlog
 
 from tests.chaos import rows
 from tests.chaos.rows import Row
@@ -45,6 +48,8 @@ def main() -> int:
     unknown = set(chosen) - set(LONG)
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
+    quiet = structlog.make_filtering_bound_logger(logging.ERROR)
+    structlog.configure(wrapper_class=quiet)  # the table is the report
     print(FORMAT.format(*HEAD), flush=True)
     held = True
     for name in chosen:

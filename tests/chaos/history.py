@@ -47,7 +47,7 @@ async def story(queue: JobQueue, job_id: str) -> list[str]:
     return [fields["type"] for _, fields in await queue.redis.xrange(keys.events(job_id))]
 
 
-async def starts_ms(queue: JobQueue, job_id: str) -> list[int]:
-    """When a job was claimed, in ms of the Redis clock."""
+async def queued_ms(queue: JobQueue, job_id: str) -> list[int]:
+    """When a job entered the queue, the first time or again, in ms of the Redis clock."""
     entries = await queue.redis.xrange(keys.events(job_id))
-    return [int(at.split("-")[0]) for at, fields in entries if fields["type"] == "started"]
+    return [int(at.split("-")[0]) for at, fields in entries if fields["type"] == "queued"]

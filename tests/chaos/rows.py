@@ -9,7 +9,7 @@ from pathlib import Path
 
 from server.queue.connection import end_tasks
 from tests.chaos.arena import LEASE_S, Arena, arena
-from tests.chaos.history import Verdict, judge, starts_ms
+from tests.chaos.history import Verdict, judge, queued_ms
 
 
 @dataclass
@@ -40,10 +40,10 @@ async def _trickle(it: Arena, pause_s: float, **options: object) -> None:
 
 
 async def _recoveries(it: Arena, lost: list[tuple[str, float]]) -> list[float]:
-    """Seconds from each fault to the next claim of each job it hit."""
+    """Seconds from each fault until each job it hit was taken back."""
     found = []
     for job_id, at in lost:
-        later = [ms / 1000 - at for ms in await starts_ms(it.queue, job_id) if ms / 1000 > at]
+        later = [ms / 1000 - at for ms in await queued_ms(it.queue, job_id) if ms / 1000 > at]
         found += later[:1]
     return found
 

@@ -145,5 +145,5 @@ local function count(what, number)
 end
 
 local function backoff(attempts, jitter)
-  return math.floor(BACKOFF * 2 ^ (attempts - 1) * jitter)
+  return math.floor(math.min(BACKOFF * 2 ^ (attempts - 1), BACKOFF_LIMIT) * jitter)
 end

@@ -11,10 +11,19 @@ import threading
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from server.config import Settings
-from server.embedded.service import _locked, num_gpus, run_service
+from server.embedded.service import (
+    LOAD_FAULT,
+    _forget_workers,
+    _locked,
+    _Service,
+    num_gpus,
+    run_service,
+)
 from server.errors import ServiceError
+from server.queue import keys
 from tests.fakes import wait_until
 from tests.server.embedded.test_children import gone
 from tests.tiny_checkpoint import make_tiny_checkpoint
@@ -36,10 +45,11 @@ def free_port():
 class Service:
     """A `lumina serve` process."""
 
-    def __init__(self, model, data_dir, **settings):
+    def __init__(self, model, data_dir, workers=1, **settings):
         self.port = free_port()
         self.lines = []
         argv = ["serve", "--model", model, "--data-dir", data_dir, "--port", self.port]
+        argv += ["--workers", workers]
         variables = {f"LUMINA_{name.upper()}": str(value) for name, value in settings.items()}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", *map(str, argv)],
@@ -166,7 +176,7 @@ def test_a_damaged_checkpoint_ends_the_service_in_one_line(serve, tmp_path, chec
     broken = tmp_path / "broken"
     make_tiny_checkpoint(broken)
     (broken / "vae" / "config.json").write_text("{")
-    service = serve(broken)
+    service = serve(broken, workers=3)  # they all notice; one says so
     assert service.process.wait(180) == 2
     assert service.lines == []
     told = [line for line in service.errors if line.startswith("lumina")]
@@ -181,6 +191,43 @@ def test_a_taken_port_is_one_clear_error(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(ServiceError, match=f"cannot listen on 127.0.0.1 port {port}"):
             run_service(Settings(data_dir=tmp_path), tmp_path, port=port)
+
+
+def test_what_an_earlier_run_offered_is_forgotten(redis_url):
+    with Redis.from_url(redis_url) as client:
+        for key in (keys.model("default"), keys.worker("w1"), keys.job("x")):
+            client.hset(key, "a", "b")
+        client.zadd(keys.workers("default"), {"w1": 1})
+        client.sadd(keys.POOLS, "default")
+        _forget_workers(redis_url)
+        assert client.keys() == [keys.job("x").encode()]
+
+
+class Restarting:
+    """Stands for a child that ended `failures` times in a row."""
+
+    def __init__(self, failures):
+        self.name, self.failures = "worker-0", failures
+
+
+@pytest.mark.parametrize(
+    ("failures", "code", "ready", "hopeless"),
+    [
+        (4, LOAD_FAULT, True, False),
+        (5, LOAD_FAULT, True, True),
+        (5, -9, True, False),  # poison jobs kill workers: those are started for ever
+        (5, -9, False, True),
+    ],
+)
+def test_a_worker_that_never_comes_up_is_given_up(
+    tmp_path, capsys, failures, code, ready, hopeless
+):
+    service = _Service({}, tmp_path, 1, "127.0.0.1", 8000, False)
+    try:
+        assert service._hopeless(Restarting(failures), code, ready) is hopeless
+    finally:
+        service.close()
+    assert capsys.readouterr().err.count("giving up") == hopeless
 
 
 def test_a_data_directory_has_one_owner(tmp_path):

@@ -155,3 +155,14 @@ def test_a_running_job_without_a_lease_is_found(in_queue, clock):
         assert (await claim_one(queue)).job_id == job_id
 
     in_queue(test)
+
+
+def test_a_backoff_never_grows_beyond_a_minute(in_queue, clock):
+    async def test(queue):
+        job_id = await submit(queue)
+        await queue.redis.hset(keys.job(job_id), "attempts", 500)
+        await queue.fail(await claim_one(queue), BOOM, retry=True)
+        await pass_time(queue, clock, 76)  # a minute and its jitter
+        assert (await claim_one(queue)).job_id == job_id
+
+    in_queue(test, max_attempts=1000)
