@@ -48,7 +48,7 @@ def main() -> int:
     unknown = set(chosen) - set(LONG)
     if unknown:
         parser.error(f"no such row: {', '.join(sorted(unknown))}")
-    quiet = structlog.make_filtering_bound_logger(logging.ERROR)
+    quiet = structlog.make_filtering_bound_logger(logging.CRITICAL)
     structlog.configure(wrapper_class=quiet)  # the table is the report
     print(FORMAT.format(*HEAD), flush=True)
     held = True

@@ -111,6 +111,11 @@ async def sigterm_under_load(folder: Path, times: int) -> Row:
         for _ in range(times):
             await asyncio.sleep(random.uniform(0.2, 0.6))
             leaving = it.workers[0]
+
+            async def busy(worker=leaving) -> bool:  # type: ignore[no-untyped-def]
+                return bool(await it.running_on(worker))
+
+            await it.until(busy)
             it.start_worker(num_steps=50)
             started = time.monotonic()
             leaving.send_signal(signal.SIGTERM)
