@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint import (
     CheckpointError,
     diffusers_keys,
-    load_state,
+    WeightFiles,
     read_json,
     sha256_file,
     verify_manifest,
@@ -279,7 +279,7 @@ def test_damaged_shard_is_named(reference, tmp_path):
     shard = sorted(tmp_path.glob("*.safetensors"))[-1]
     cut(shard, -10)
     with pytest.raises(CheckpointError, match=f"{shard.name}: damaged or not safetensors"):
-        load_state(tmp_path)
+        NextDiT.from_pretrained(tmp_path)
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ DAMAGES = {
     ),
     "encoder tensor missing": (
         lambda d: edit_tensors(d / "text_encoder/model.safetensors", drop_one),
-        "text_encoder/model.safetensors: tensor embed_tokens.weight is missing",
+        "text_encoder/model.safetensors: the weight 'embed_tokens.weight' is missing",
     ),
     "encoder tensor misshapen": (
         lambda d: edit_tensors(d / "text_encoder/model.safetensors", reshape_one),
