@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint import (
     CheckpointError,
     diffusers_keys,
-    WeightFiles,
     read_json,
     sha256_file,
     verify_manifest,
