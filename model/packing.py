@@ -84,7 +84,7 @@ class RotaryTables:
     def __init__(self, config: NextDiTConfig) -> None:
         self._max_positions = config.axes_lens
         self._frequencies = [
-            ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
             for dim in config.axes_dim_rope
         ]
         self.caption = lru_cache(maxsize=1024)(self._caption)
