@@ -126,3 +126,36 @@ class NextDiTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The content of ``config.json`` as diffusers would write it."""
         return {"_class_name": DIFFUSERS_CLASS, **asdict(self)}
+
+
+# The sizes of the official code by their number of parameters; only 2.6B was released.
+NAMED_CONFIGS: Mapping[str, NextDiTConfig] = {
+    "2.6B": NextDiTConfig(),
+    "3B": NextDiTConfig(hidden_size=2592, num_layers=30, axes_dim_rope=(36, 36, 36)),
+    "4B": NextDiTConfig(hidden_size=2880, num_layers=32, axes_dim_rope=(40, 40, 40)),
+    "7B": NextDiTConfig(
+        hidden_size=3840, num_layers=32, num_attention_heads=32, axes_dim_rope=(40, 40, 40)
+    ),
+}
+
+
+def size_name(config: NextDiTConfig) -> str | None:
+    """The named size whose weights have the same shapes; None where there is none."""
+    for name, named in NAMED_CONFIGS.items():
+        if _shape_numbers(named) == _shape_numbers(config):
+            return name
+    return None
+
+
+def _shape_numbers(config: NextDiTConfig) -> tuple[int, ...]:
+    """Every number that the shape of some weight depends on."""
+    return (
+        config.hidden_size,
+        config.num_layers,
+        config.num_refiner_layers,
+        config.num_attention_heads,
+        config.num_kv_heads,
+        config.ffn_dim,
+        config.patch_dim,
+        config.cap_feat_dim,
+    )

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from model.checkpoint import CheckpointError, read_json, verify_manifest
+from model.checkpoint import (
+    PICKLES,
+    CheckpointError,
+    read_json,
+    short_name,
+    verify_manifest,
+)
 from model.generation_config import load_generation_config
 from model.next_dit import NextDiT
 from model.pipeline import Pipeline
@@ -94,6 +100,13 @@ def load_pipeline(
 
 def _check_index(folder: Path) -> None:
     """Refuse a folder that is some other kind of pipeline, or that lacks a part."""
+    if not (folder / "model_index.json").exists():
+        for path in sorted(folder.glob("*")):
+            if path.suffix in (".safetensors", *PICKLES):
+                raise CheckpointError(
+                    f"{short_name(path)}: weights without the folders around them (there is no "
+                    "model_index.json); `lumina convert` makes a checkpoint folder of them"
+                )
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") not in _PIPELINE_CLASSES:
         raise CheckpointError(

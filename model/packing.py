@@ -110,7 +110,7 @@ class RotaryTables:
     def __init__(self, config: NextDiTConfig, cache_bytes: int = ROTARY_CACHE_BYTES) -> None:
         self._max_positions = config.axes_lens
         self._frequencies = [
-            ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+            ROPE_THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
             for dim in config.axes_dim_rope
         ]
         self.cache: TensorCache[tuple[object, ...]] = TensorCache(cache_bytes)

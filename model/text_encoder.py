@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 from transformers.utils import logging as transformers_logging
 
-from model.checkpoint import CheckpointError, load_state, read_json
+from model.checkpoint import (
+    CheckpointError,
+    WeightFiles,
+    check_weight,
+    load_weight,
+    read_json,
+    weight_files,
+)
 
 MAX_TOKENS = 256  # beginning-of-sequence token and system prompt included
 CACHE_BYTES = 64 * 2**20
@@ -148,30 +155,35 @@ def load_gemma(
         CheckpointError: one line naming the file and the fault.
     """
     config = _truncated_config(folder / "config.json")
-    state = {
-        name.removeprefix("model."): tensor
-        for name, tensor in load_state(folder, stem="model").items()
-    }
-    with torch.device("meta"):
-        expected = Gemma2Model(config).state_dict()
-    wanted: dict[str, Tensor] = {}
-    for name, parameter in expected.items():
-        found = state.get(name)
-        if found is None:
-            raise CheckpointError(f"text_encoder/model.safetensors: tensor {name} is missing")
-        if found.shape != parameter.shape:
-            raise CheckpointError(
-                f"text_encoder/model.safetensors: tensor {name} has shape {list(found.shape)}, "
-                f"config.json asks for {list(parameter.shape)}"
-            )
-        # A copy: memory of our own, aligned alike wherever in the file a tensor lay.
-        wanted[name] = found.to(dtype=dtype, copy=True)
-    with _quiet_transformers():
-        model = Gemma2Model.from_pretrained(
-            None, config=config, state_dict=wanted, dtype=dtype, attn_implementation="eager"
-        )
+    stored = WeightFiles(weight_files(folder, stem="model"))
+    model = _without_weights(config, dtype)
     model.norm = nn.Identity()  # the feature is taken before any final norm
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    # Language models with a head, Gemma's own release among them, keep the base under `model.`
+    keys = {n: f"model.{n}" if f"model.{n}" in stored.stored else n for n in shapes}
+    for name, shape in shapes.items():
+        check_weight(stored, keys[name], shape)
+    weights = {
+        name: load_weight(stored, [keys[name]], shape, device=device, dtype=dtype)
+        for name, shape in shapes.items()
+    }
+    model.load_state_dict(weights, assign=True)
     return model.to(device).eval().requires_grad_(False)
+
+
+def _without_weights(config: Any, dtype: torch.dtype) -> Any:
+    """The model with real buffers, which are in no file, and weights that take no memory."""
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in Gemma2Model(config).state_dict().items()}
+    nothing = torch.zeros((), dtype=dtype)
+    with _quiet_transformers():
+        return Gemma2Model.from_pretrained(
+            None,
+            config=config,
+            state_dict={name: nothing.expand(shape) for name, shape in shapes.items()},
+            dtype=dtype,
+            attn_implementation="eager",
+        )
 
 
 def _truncated_config(path: Path) -> Any:

@@ -17,7 +17,15 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from model.checkpoint import CheckpointError, load_state, read_json
+from model.checkpoint import (
+    CheckpointError,
+    WeightFiles,
+    check_nothing_else,
+    check_weight,
+    load_weight,
+    read_json,
+    weight_files,
+)
 
 # Pixels decoded at once: bounds the activations (about 0.5 KiB per pixel and layer in float32).
 _PIXELS_PER_DECODE = 2**20
@@ -52,16 +60,21 @@ class VAE:
             CheckpointError: one line naming the file and the fault.
         """
         config = _checked_config(folder)
-        state = load_state(folder)
+        stored = WeightFiles(weight_files(folder))
         try:
             with torch.device("meta"):
                 autoencoder = AutoencoderKL.from_config(config)
         except Exception as error:  # whatever diffusers stumbles over, this file is at fault
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"vae/config.json: {reason}") from error
-        _check_state(state, autoencoder.state_dict())
-        # A copy: memory of our own, aligned alike wherever in the file a tensor lay.
-        weights = {k: v.to(device=device, dtype=dtype, copy=True) for k, v in state.items()}
+        expected = {key: value.shape for key, value in autoencoder.state_dict().items()}
+        for key, shape in expected.items():
+            check_weight(stored, key, shape)
+        check_nothing_else(stored, stored.stored, expected)
+        weights = {
+            key: load_weight(stored, [key], shape, device=device, dtype=dtype)
+            for key, shape in expected.items()
+        }
         autoencoder.load_state_dict(weights, assign=True)
         return cls(autoencoder.eval().requires_grad_(False))
 
@@ -145,19 +158,3 @@ def _checked_config(folder: Path) -> dict[str, Any]:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-
-
-def _check_state(state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Refuse weights that do not fit the config, naming the first that does not."""
-    name = "vae/diffusion_pytorch_model.safetensors"
-    for key, parameter in expected.items():
-        if key not in state:
-            raise CheckpointError(f"{name}: tensor {key} is missing")
-        if state[key].shape != parameter.shape:
-            raise CheckpointError(
-                f"{name}: tensor {key} has shape {list(state[key].shape)}, config.json asks for "
-                f"{list(parameter.shape)}"
-            )
-    for key in state:
-        if key not in expected:
-            raise CheckpointError(f"{name}: tensor {key} belongs to no layer of config.json")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.exceptions import Abort, TyperException
 
+from server.conversion import convert, print_facts, source_facts
 from server.operate import dead_app, epoch_app
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from server.protocol import OutputFormat
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
+WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # the last four only to refuse them
 FORMATS: "dict[str, OutputFormat]" = {
     ".png": "png",
     ".jpg": "jpeg",
@@ -215,12 +217,22 @@ def generate(
     return 0
 
 
+app.command()(convert)
+
+
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A checkpoint folder, or a picture (.png).")],
+    path: Annotated[
+        Path, typer.Argument(help="A checkpoint folder, a transformer's weights, or a picture.")
+    ],
 ) -> int:
-    """Say what a checkpoint is, or what made a picture."""
-    if path.is_dir():
+    """Say what a checkpoint or a file of weights is, or what made a picture."""
+    bare_transformer = (path / "config.json").is_file() and not (path / "model_index.json").exists()
+    if bare_transformer or path.suffix in WEIGHTS:
+        from model.weight_source import open_source
+
+        facts = [("weights of", str(path)), *source_facts(open_source(path))]
+    elif path.is_dir():
         _quiet_libraries()
         from server.worker.local import describe_checkpoint
 
@@ -229,9 +241,7 @@ def inspect(
         facts = _picture_facts(path)
     else:
         raise MisuseError(f"{path}: there is no such file or folder")
-    width = max(len(name) for name, _ in facts)
-    for name, value in facts:
-        print(f"{name:<{width}}  {value}")
+    print_facts(facts)
     return 0
 
 
@@ -253,6 +263,10 @@ def _settings_of(assignments: list[str], options: dict[str, Any]) -> dict[str, A
 
 def _checkpoint_folder(model: Path | None) -> Path:
     folder = model or BUNDLED_MODEL
+    if folder.is_file():
+        raise MisuseError(
+            f"{folder}: a file, not a checkpoint folder: `lumina convert` makes one of it"
+        )
     if not folder.is_dir():
         hint = "" if model else " (the bundled checkpoint); give --model"
         raise MisuseError(f"{folder}: there is no such checkpoint folder{hint}")

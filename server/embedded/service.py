@@ -151,7 +151,7 @@ class _Service:
         while not signals.count:
             for child in (self.api, *self.workers):
                 code = child.check()
-                if code == MISUSE or (code is not None and child is self.api and not ready):
+                if code == MISUSE or (code is not None and not ready and self._cannot(child, code)):
                     return code or 1  # it has said why
                 if code is not None and self._hopeless(child, code, ready):
                     return 1
@@ -191,6 +191,14 @@ class _Service:
 
         stop_children(self.workers, drain_s + WORKER_GRACE_S, impatient)
         stop_children([self.api], API_GRACE_S, impatient)
+
+    def _cannot(self, child: Child, code: int) -> bool:
+        """Whether a child that ended before the service was ready would only do so again.
+
+        A worker that gave up by itself could not load its checkpoint; one that was killed may be
+        luckier next time.
+        """
+        return child is self.api or code > 0
 
     def _greeting(self) -> str:
         count = len(self.workers)

@@ -9,6 +9,7 @@ from model import GenerationRequest
 from model.checkpoint import verify_manifest
 from model.pipeline import DenoiseState, Pipeline
 from model.templates import TEMPLATE_NAMES, compose_prompt
+from model.weight_source import open_source
 from server.protocol import OutputFormat
 from server.worker.loading import load_model
 from server.worker.output import encode_image, parameters_of
@@ -79,6 +80,11 @@ def describe_checkpoint(folder: Path, precision: str = "auto") -> list[tuple[str
         "text encoder": model.pipeline.text_encoder.model,
     }
     facts = [("checkpoint", str(folder)), ("manifest", _manifest_line(folder)), ("hash", info.hash)]
+    source = open_source(folder / "transformer")
+    facts += [
+        ("family", f"Lumina-Image 2.0, {source.size or 'no named size'}"),
+        ("stored", f"{' and '.join(source.dtypes)}, {source.dialect.name} names"),
+    ]
     for name, module in parts.items():
         millions = sum(weight.numel() for weight in module.parameters()) / 1e6
         facts.append((name, f"{millions:.2f} million weights"))

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from model.checkpoint import (
     CheckpointError,
     diffusers_keys,
-    load_state,
     read_json,
     sha256_file,
     verify_manifest,
@@ -184,7 +183,18 @@ DAMAGES = {
         lambda d: torch.save({BIAS: torch.zeros(48)}, d / WEIGHTS),
         f"{WEIGHTS}: damaged",
     ),
-    "missing key": (lambda d: edit(d / WEIGHTS, **{TO_K: None}), f"{TO_K!r} is missing"),
+    "only a pickle": (
+        lambda d: (d / WEIGHTS).rename(d / "diffusion_pytorch_model.bin"),
+        f"diffusion_pytorch_model.bin: a pickle can run code and is never loaded; {WEIGHTS} is",
+    ),
+    "integers": (
+        lambda d: edit(d / WEIGHTS, **{BIAS: torch.zeros(48, dtype=torch.int8)}),
+        f"{BIAS!r} is stored as I8, which is not supported: only F64, F32",
+    ),
+    "missing key": (
+        lambda d: edit(d / WEIGHTS, **{TO_K: None}),
+        f"{TO_K!r} is missing; config.json asks for it with shape [24, 48]",
+    ),
     "unexpected key": (
         lambda d: edit(d / WEIGHTS, **{"layers.7.extra": torch.zeros(1)}),
         "unexpected weight 'layers.7.extra'",
@@ -279,7 +289,16 @@ def test_damaged_shard_is_named(reference, tmp_path):
     shard = sorted(tmp_path.glob("*.safetensors"))[-1]
     cut(shard, -10)
     with pytest.raises(CheckpointError, match=f"{shard.name}: damaged or not safetensors"):
-        load_state(tmp_path)
+        NextDiT.from_pretrained(tmp_path)
+
+
+def test_a_weight_in_two_shards_is_named(reference, tmp_path):
+    reference.save_pretrained(tmp_path, max_shard_size="100KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    name = min(load_file(first))
+    edit(second, **{name: torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=f"{second.name}: '{name}' is in {first.name} too"):
+        NextDiT.from_pretrained(tmp_path)
 
 
 @pytest.fixture

@@ -97,11 +97,32 @@ DAMAGES = {
     ),
     "encoder tensor missing": (
         lambda d: edit_tensors(d / "text_encoder/model.safetensors", drop_one),
-        "text_encoder/model.safetensors: tensor embed_tokens.weight is missing",
+        "text_encoder/model.safetensors: the weight 'embed_tokens.weight' is missing",
     ),
     "encoder tensor misshapen": (
         lambda d: edit_tensors(d / "text_encoder/model.safetensors", reshape_one),
         "has shape [3]",
+    ),
+    "encoder is a pickle": (
+        lambda d: (d / "text_encoder/model.safetensors").rename(
+            d / "text_encoder/pytorch_model.bin"
+        ),
+        "text_encoder/pytorch_model.bin: a pickle can run code and is never loaded",
+    ),
+    "encoder cut": (
+        lambda d: (d / "text_encoder/model.safetensors").write_bytes(b"12345678"),
+        "text_encoder/model.safetensors: damaged",
+    ),
+    "vae is a pickle": (
+        lambda d: (d / "vae/diffusion_pytorch_model.safetensors").rename(d / "vae/x.ckpt"),
+        "vae/x.ckpt: a pickle can run code and is never loaded",
+    ),
+    "vae tensor too many": (
+        lambda d: edit_tensors(
+            d / "vae/diffusion_pytorch_model.safetensors",
+            lambda tensors: tensors.update(extra=torch.zeros(1)),
+        ),
+        "vae/diffusion_pytorch_model.safetensors: unexpected weight 'extra'",
     ),
     "no tokenizer": (lambda d: (d / "tokenizer/tokenizer.json").unlink(), "tokenizer/"),
     "empty tokenizer": (
@@ -137,6 +158,27 @@ def test_damage_is_named_in_one_line(folder_copy, damage):
 def test_no_such_folder(tmp_path):
     with pytest.raises(CheckpointError, match="there is no such checkpoint folder"):
         load_pipeline(tmp_path / "nowhere")
+
+
+def test_bare_weights_are_sent_to_convert(tmp_path):
+    for name in ("consolidated.00-of-01.pth", "lumina_2.safetensors"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(b"x")
+        with pytest.raises(CheckpointError, match=f"{name}: weights without .*`lumina convert`"):
+            load_pipeline(folder)
+
+
+def test_a_text_encoder_with_a_language_head_gives_the_same_picture(folder_copy, pipeline):
+    def as_language_model(tensors):
+        for name in list(tensors):
+            tensors[f"model.{name}"] = tensors.pop(name)
+        tensors["lm_head.weight"] = torch.zeros(4, 4)
+
+    edit_tensors(folder_copy / "text_encoder/model.safetensors", as_language_model)
+    request = GenerationRequest("a red circle", num_inference_steps=2, seed=1)
+    (image,) = load_pipeline(folder_copy).generate([request])[0]
+    assert max_difference(image, pipeline.generate([request])[0][0]) == 0
 
 
 def test_manifest_is_verified(folder_copy):

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +27,7 @@ from server.errors import ServiceError
 from server.queue import keys
 from tests.fakes import wait_until
 from tests.server.embedded.test_children import gone
-from tests.tiny_checkpoint import make_tiny_checkpoint
+from tests.tiny_checkpoint import make_tiny_checkpoint, write_generation_config
 
 ROOT = Path(__file__).parents[3]
 
@@ -183,6 +184,24 @@ def test_a_damaged_checkpoint_ends_the_service_in_one_line(serve, tmp_path, chec
     assert len(told) == 1
     assert "vae/config.json" in told[0]
     assert not any("Traceback" in line for line in service.errors)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_model_that_cannot_run_ends_the_service(serve, tmp_path, checkpoint):
+    """Not a fault of the files but of this machine: the first picture asks for terabytes."""
+    huge = Path(shutil.copytree(checkpoint, tmp_path / "huge"))
+    config = huge / "transformer" / "config.json"
+    content = json.loads(config.read_text()) | {"axes_lens": [300, 2**20, 2**20]}
+    config.write_text(json.dumps(content))
+    write_generation_config(
+        huge, defaults={"width": 2**20, "height": 2**20}, limits={"max_size": 2**20}
+    )
+    service = serve(huge)
+    assert service.process.wait(180) == 1
+    (line,) = [text for text in service.errors if text.startswith("lumina: ")]
+    assert "unexpected RuntimeError" in line
+    assert not any("Traceback" in text for text in service.errors)
 
 
 @pytest.mark.usefixtures("kept_logging")
