@@ -72,8 +72,9 @@ def run_service(
         insecure: passed on to the API.
         own_redis: start a redis-server; otherwise `settings.redis_url` is used.
 
-    Returns the exit code: 0 after an orderly end, else that of the child that cannot go on. Raises
-    ServiceError when the service cannot start. Must be called from the main thread.
+    Returns the exit code: 0 after an orderly end, 2 where a child was given what cannot be served,
+    1 where one cannot go on. Raises ServiceError when the service cannot start. Must be called from
+    the main thread.
     """
     configure_logging(settings.log_level)
     with ExitStack() as stack:
@@ -151,9 +152,11 @@ class _Service:
         while not signals.count:
             for child in (self.api, *self.workers):
                 code = child.check()
-                if code == MISUSE or (code is not None and not ready and self._cannot(child, code)):
-                    return code or 1  # it has said why
-                if code is not None and self._hopeless(child, code, ready):
+                if code == MISUSE:
+                    return MISUSE  # it has said why
+                if code is not None and (
+                    (not ready and self._cannot(child, code)) or self._hopeless(child, code, ready)
+                ):
                     return 1
             if redis is not None:
                 redis.check()

@@ -175,7 +175,7 @@ def run_worker(
         _say_once(f"lumina worker: {_one_line(error)}", token_fd)
         return MISUSE
     except Exception as error:
-        log.exception("loading failed")
+        log.debug("loading failed", exc_info=True)
         what = f"{type(error).__name__}: {_one_line(error)}"
         print(f"lumina worker: loading failed: {what}", file=sys.stderr, flush=True)
         return LOAD_FAULT
