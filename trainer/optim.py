@@ -109,7 +109,9 @@ def build_optimizers(
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
     Muon orthogonalises each matrix update (Jordan 2024) and scales it to AdamW's size. The input
-    and output projections and embeddings stay with AdamW, as its author advises.
+    and output projections and embeddings stay with AdamW, as its author advises, and so do the
+    modulations: they start at zero with all gates closed, and Muon spreads its update over
+    directions of the time embedding that carry nothing (docs/adr/0007).
 
     Args:
         module: to train.
@@ -122,7 +124,7 @@ def build_optimizers(
     trainable = [(k, p) for k, p in module.named_parameters() if p.requires_grad]
     if name == "adamw":
         return [torch.optim.AdamW([p for _, p in trainable], lr, betas, weight_decay=0.0)]
-    outer = ("x_embedder", "final_layer", "time_embedder", "embed_tokens", "heads")
+    outer = ("x_embedder", "final_layer", "time_embedder", "modulation", "embed_tokens", "heads")
     matrices = [p for k, p in trainable if p.ndim >= 2 and not any(o in k for o in outer)]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in trainable if id(p) not in chosen]

@@ -121,6 +121,7 @@ class Net(nn.Module):
         self.x_embedder = nn.Linear(4, 4)
         self.layers = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 3))
         self.norm = nn.LayerNorm(4)
+        self.modulation = nn.Linear(4, 4)
         self.final_layer = nn.Linear(4, 4)
         self.frozen = nn.Linear(4, 4).requires_grad_(False)
 
