@@ -42,7 +42,8 @@ RESULT = JobResult(
 def submission(tenant: int) -> list[str | int]:
     """Arguments of one submit script: no limits, no deadline, no key."""
     limits = (10**9, 10**9, 0, 15_000)
-    return [new_job_id(), SPEC, f"t{tenant % 20}", POOL, "normal", 1000, *limits, "", ""]
+    job = [new_job_id(), SPEC, f"t{tenant % 20}", POOL, "normal", 1000]
+    return [*job, *limits, "", "", 3_600_000, 0, "", 0]
 
 
 async def fill(queue: JobQueue, jobs: int) -> None:

@@ -77,14 +77,32 @@ local function leave_queue(id, pool, priority, cost)
   end
 end
 
+-- A tenant's list keeps what has not ended, and the rest for `ttl` ms from its submission.
+local function list(id, tenant, ttl)
+  local listed = PREFIX .. 'jobs:' .. tenant
+  local old = redis.call('ZRANGEBYSCORE', listed, '-inf', now - ttl, 'LIMIT', 0, UNLIST_LIMIT)
+  for _, other in ipairs(old) do
+    if not redis.call('ZSCORE', open_key(tenant), other) then redis.call('ZREM', listed, other) end
+  end
+  redis.call('ZADD', listed, now, id)
+  redis.call('PEXPIRE', listed, math.max(ttl, DEAD_TTL))
+end
+
+local function usage_key(tenant) return PREFIX .. 'usage:' .. tenant .. ':' .. math.floor(now / DAY) end
+
 -- Extra arguments are further fields of the job.
-local function create(id, spec, tenant, pool, priority, cost, ...)
+local function create(id, spec, tenant, pool, priority, cost, ttl, ...)
   local seq = redis.call('INCR', SEQ)
   redis.call('HSET', job_key(id), 'status', 'queued', 'tenant', tenant, 'pool', pool,
     'priority', priority, 'spec', spec, 'cost', cost, 'seq', seq, 'claim_no', 0, 'attempts', 0,
     'worker', '', 'step', 0, 'total', 0, 'solo', 0, 'submitted_ms', now, ...)
   enter_queue(id, pool, priority, seq, cost)
   redis.call('ZADD', open_key(tenant), seq, id)
+  list(id, tenant, ttl)
+  local usage = usage_key(tenant)
+  redis.call('HINCRBY', usage, 'jobs', 1)
+  redis.call('HINCRBY', usage, 'cost_ms', cost)
+  redis.call('PEXPIRE', usage, USAGE_TTL)
   make_ready(id)
   announce(id, 'queued')
   return seq
@@ -99,11 +117,19 @@ local function requeue(id, delay)
   announce(id, 'queued')
 end
 
+-- A webhook must hear of the end of a job that has one. Whoever delivers it needs nothing else.
+local function tell_webhook(id, status, url)
+  local delivery = PREFIX .. 'delivery:' .. id
+  redis.call('HSET', delivery, 'url', url, 'status', status, 'tries', 0, 'since_ms', now)
+  redis.call('PEXPIRE', delivery, OUTBOX_TTL)
+  redis.call('ZADD', OUTBOX, now, id)
+end
+
 -- The one way into a terminal status, from any other. Gives the service's logical time (SEQ), or
 -- nothing where there is no such job. Extra arguments are further fields of the job.
 local function finish(id, status, ttl, ...)
   local job = job_key(id)
-  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost')
+  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost', 'webhook')
   redis.call('ZREM', LEASE, id)
   redis.call('ZREM', DEADLINE, id)
   if f[1] == 'queued' then
@@ -117,6 +143,7 @@ local function finish(id, status, ttl, ...)
   redis.call('ZREM', open_key(f[4]), id)
   redis.call('HSET', job, 'status', status, 'finished_ms', now, 'expires_ms', now + ttl, ...)
   redis.call('PEXPIRE', job, ttl)
+  if f[6] then tell_webhook(id, status, f[6]) end
   announce(id, status)
   redis.call('PEXPIRE', PREFIX .. 'events:' .. id, math.min(ttl, EVENTS_TTL))
   return redis.call('INCR', SEQ)
@@ -131,18 +158,27 @@ end
 
 local function late(deadline_ms) return deadline_ms and tonumber(deadline_ms) <= now end
 
--- The fence: 'held' if this claim is the job's current one, else why it is not.
-local function claim_state(id, claim_no, worker)
-  local f = redis.call('HMGET', job_key(id), 'status', 'claim_no', 'worker')
-  if f[1] == 'running' and f[2] == claim_no and f[3] == worker then return 'held' end
-  return (f[1] == 'canceled' or f[1] == 'expired') and f[1] or 'lost'
-end
-
 -- Counters for operators; the removal lets a refusal be counted at maxmemory too.
 local function count(what, number)
   redis.call('HDEL', STATS, '-')
   redis.call('HINCRBY', STATS, what, number)
 end
+
+-- The fence: 'held' if this claim is the job's current one, else why it is not: the job was
+-- 'canceled' or 'expired', this very claim has 'ended' already (an answer was lost, or a heartbeat
+-- crossed the commit), or it is 'lost' to another. Only the last is a stale write, and is counted.
+local function claim_state(id, claim_no, worker)
+  local f = redis.call('HMGET', job_key(id), 'status', 'claim_no', 'worker', 'ended_claim')
+  local mine = f[2] == claim_no and f[3] == worker
+  if mine and f[1] == 'running' then return 'held' end
+  if f[1] == 'canceled' or f[1] == 'expired' then return f[1] end
+  if (mine and f[1] == 'succeeded') or f[4] == claim_no then return 'ended' end
+  count('fenced', 1)
+  return 'lost'
+end
+
+-- Remember that this claim has said its last word, other than by success.
+local function end_claim(id, claim_no) redis.call('HSET', job_key(id), 'ended_claim', claim_no) end
 
 local function backoff(attempts, jitter)
   return math.floor(math.min(BACKOFF * 2 ^ (attempts - 1), BACKOFF_LIMIT) * jitter)

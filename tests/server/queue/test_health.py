@@ -44,6 +44,7 @@ def test_preflight_warns_of_eviction_and_of_no_persistence(in_queue):
 
 def test_new_work_is_refused_when_memory_runs_short(in_queue):
     async def test(queue):
+        await submit(queue)  # the scripts take memory too
         used = (await queue.redis.info("memory"))["used_memory"]
         async with configured(queue, maxmemory=used * 10):
             await submit(queue)
