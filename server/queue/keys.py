@@ -18,7 +18,7 @@ scheduled                         zset    jobs waiting out a backoff -> when the
 deadline                          zset    jobs that must end by some time -> that time
 dead                              zset    jobs that used up their attempts -> when
 open:<tenant>                     zset    a tenant's jobs that have not ended
-jobs:<tenant>                     zset    a tenant's jobs by time of submission, while results live
+jobs:<tenant>                     zset    a tenant's jobs by submit order, as long as results live
 usage:<tenant>:<day>              hash    jobs and cost of a UTC day; two days
 idem:<tenant>:<sha256 of key>     hash    job of an Idempotency-Key, and hash of its body; TTL
 events:<id>                       stream  what happened to a job; an hour after its end
@@ -118,7 +118,7 @@ def open_jobs(tenant: str) -> str:
 
 
 def listed(tenant: str) -> str:
-    """The jobs of a tenant by time of submission."""
+    """The jobs of a tenant by submit order."""
     return f"{PREFIX}jobs:{tenant}"
 
 

@@ -1,5 +1,6 @@
 """JobReader: what the queue knows of jobs, without changing any."""
 
+import re
 from dataclasses import dataclass
 
 from server.protocol import DEFAULT_POOL, DEFAULT_TENANT, JobRecord, is_job_id
@@ -7,6 +8,7 @@ from server.queue import keys
 from server.queue.connection import RedisLine
 from server.queue.records import record_of
 
+CURSOR = re.compile(r"\d{1,15}")
 LIST_PAGE = 100  # entries looked at in one round trip while a listing is filtered
 
 
@@ -55,32 +57,25 @@ class JobReader(RedisLine):
             tenant: whose jobs.
             status: only jobs of this status.
             limit: at most so many.
-            cursor: of the page before. A job that is gone meanwhile is no error.
+            cursor: of the page before; anything else begins anew.
         """
         records: list[JobRecord] = []
-        before, skip = self._place(cursor)
+        before = f"({cursor}" if cursor and CURSOR.fullmatch(cursor) else "+inf"
         while True:
             found = await self.ask(
                 self.redis.zrevrangebyscore(
                     keys.listed(tenant), before, "-inf", 0, LIST_PAGE, withscores=True
                 )
             )
-            # Jobs of one millisecond are ordered by id: skip those up to the cursor's.
-            fresh = [entry for entry in found if not skip or (entry[1], entry[0]) < (before, skip)]
-            for job_id, at in fresh:
+            for job_id, seq in found:
                 record = await self.get(job_id)
                 if record is not None and status in (None, record.status):
                     records.append(record)
-                before, skip = at, job_id
+                before = f"({int(seq)}"
                 if len(records) == limit:
-                    return JobPage(records, f"{int(at)}-{job_id}")
-            if len(found) < LIST_PAGE or not fresh:
+                    return JobPage(records, str(int(seq)))
+            if len(found) < LIST_PAGE:
                 return JobPage(records, None)
-
-    @staticmethod
-    def _place(cursor: str | None) -> tuple[float, str]:
-        at, _, job_id = (cursor or "").partition("-")
-        return (float(at), job_id) if at.isdigit() and is_job_id(job_id) else (float("inf"), "")
 
     async def usage(self, tenant: str = DEFAULT_TENANT) -> Usage:
         """Return what a tenant has submitted today, by Redis's clock."""

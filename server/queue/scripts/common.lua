@@ -33,16 +33,14 @@ end
 
 local function wake(pool)
   local key = pool_key('wake', pool)
-  redis.call('LPUSH', key, 1)
-  redis.call('LTRIM', key, 0, WAKE_LIMIT - 1)
-  redis.call('PEXPIRE', key, WAKE_TTL)
+  local tokens = redis.call('LPUSH', key, 1)
+  if tokens == 1 then redis.call('PEXPIRE', key, WAKE_TTL) end
+  if tokens > WAKE_LIMIT then redis.call('LTRIM', key, 0, WAKE_LIMIT - 1) end
 end
 
 -- Let workers claim a queued job: alone if it was reclaimed before, else in its tenant's turn.
-local function make_ready(id)
-  local f = redis.call('HMGET', job_key(id), 'pool', 'priority', 'tenant', 'seq', 'solo')
-  local pool, priority, tenant, seq = f[1], f[2], f[3], f[4]
-  if f[5] == '1' then
+local function make_ready(id, pool, priority, tenant, seq, solo)
+  if solo == '1' then
     redis.call('ZADD', pool_key('solo', pool), seq, id)
   else
     redis.call('ZADD', ready_key(pool, priority, tenant), seq, id)
@@ -78,13 +76,14 @@ local function leave_queue(id, pool, priority, cost)
 end
 
 -- A tenant's list keeps what has not ended, and the rest for `ttl` ms from its submission.
-local function list(id, tenant, ttl)
+local function list(id, tenant, seq, ttl)
   local listed = PREFIX .. 'jobs:' .. tenant
-  local old = redis.call('ZRANGEBYSCORE', listed, '-inf', now - ttl, 'LIMIT', 0, UNLIST_LIMIT)
-  for _, other in ipairs(old) do
+  for _, other in ipairs(redis.call('ZRANGE', listed, 0, UNLIST_LIMIT - 1)) do
+    local at = redis.call('HGET', job_key(other), 'submitted_ms')
+    if at and tonumber(at) > now - ttl then break end
     if not redis.call('ZSCORE', open_key(tenant), other) then redis.call('ZREM', listed, other) end
   end
-  redis.call('ZADD', listed, now, id)
+  redis.call('ZADD', listed, seq, id)
   redis.call('PEXPIRE', listed, math.max(ttl, DEAD_TTL))
 end
 
@@ -98,22 +97,26 @@ local function create(id, spec, tenant, pool, priority, cost, ttl, ...)
     'worker', '', 'step', 0, 'total', 0, 'solo', 0, 'submitted_ms', now, ...)
   enter_queue(id, pool, priority, seq, cost)
   redis.call('ZADD', open_key(tenant), seq, id)
-  list(id, tenant, ttl)
+  list(id, tenant, seq, ttl)
   local usage = usage_key(tenant)
   redis.call('HINCRBY', usage, 'jobs', 1)
   redis.call('HINCRBY', usage, 'cost_ms', cost)
   redis.call('PEXPIRE', usage, USAGE_TTL)
-  make_ready(id)
+  make_ready(id, pool, priority, tenant, seq)
   announce(id, 'queued')
   return seq
 end
 
 -- A running job is queued again, after `delay` ms.
 local function requeue(id, delay)
-  local f = redis.call('HMGET', job_key(id), 'pool', 'seq', 'priority', 'cost')
+  local f = redis.call('HMGET', job_key(id), 'pool', 'priority', 'tenant', 'seq', 'solo', 'cost')
   redis.call('HSET', job_key(id), 'status', 'queued', 'worker', '', 'step', 0)
-  enter_queue(id, f[1], f[3], f[2], f[4])
-  if delay > 0 then redis.call('ZADD', SCHEDULED, now + delay, id) else make_ready(id) end
+  enter_queue(id, f[1], f[2], f[4], f[6])
+  if delay > 0 then
+    redis.call('ZADD', SCHEDULED, now + delay, id)
+  else
+    make_ready(id, f[1], f[2], f[3], f[4], f[5])
+  end
   announce(id, 'queued')
 end
 
