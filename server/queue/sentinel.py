@@ -4,6 +4,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from redis.asyncio import Redis
+from redis.asyncio.connection import parse_url
 from redis.asyncio.sentinel import Sentinel
 
 DEFAULT_PORT = 26379
@@ -40,7 +41,6 @@ def _address(text: str) -> tuple[str, int]:
 
 def _options(query: str) -> dict[str, Any]:
     """The options behind a URL's `?`, as redis-py reads them."""
-    client = Redis.from_url(f"redis://localhost?{query}")
-    given: dict[str, Any] = dict(client.connection_pool.connection_kwargs)
+    given: dict[str, Any] = dict(parse_url(f"redis://localhost?{query}"))
     given.pop("host", None)
     return given
