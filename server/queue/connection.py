@@ -13,7 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from server.errors import QueueUnavailable
 from server.queue import keys
-from server.queue.sentinel import connect_to_master
+from server.queue.sentinel import close_sentinels, connect_to_master
 
 # Nothing waits longer for Redis, whatever happens to the connection.
 ANSWER_S = 5.0
@@ -157,6 +157,7 @@ class RedisLine:
         """Close the connections."""
         await end_tasks(*self._hanging_up)
         await self.redis.aclose()
+        await close_sentinels(self.redis)
 
     def _now(self) -> int:
         return self._clock_ms() if self._clock_ms else 0

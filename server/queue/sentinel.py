@@ -34,6 +34,13 @@ def connect_to_master(url: str, options: dict[str, Any]) -> Redis:
     return master
 
 
+async def close_sentinels(client: Redis) -> None:
+    """Close what a client of a master asked the sentinels with; nothing for any other client."""
+    manager = getattr(client.connection_pool, "sentinel_manager", None)
+    for sentinel in manager.sentinels if manager else ():
+        await sentinel.aclose()
+
+
 def _address(text: str) -> tuple[str, int]:
     host = urlsplit(f"//{text}")
     return host.hostname or "localhost", host.port or DEFAULT_PORT

@@ -113,8 +113,9 @@ def test_tls_and_an_acl_user_with_the_least_rights(redis_url, tmp_path):
                 await stranger.close()
 
     with Redis.from_url(redis_url) as admin:
-        rule = "on >secret ~{lumina}:* resetchannels &{lumina}:* +@all -@admin -@dangerous +info +config|get"
-        admin.execute_command("ACL", "SETUSER", "lumina", "reset", *rule.split())
+        rights = "~{lumina}:* resetchannels &{lumina}:* +@all -@dangerous +info +config|get"
+        rule = ["reset", "on", ">secret", *rights.split()]
+        admin.execute_command("ACL", "SETUSER", "lumina", *rule)
         try:
             asyncio.run(test())
         finally:
