@@ -84,7 +84,7 @@ def run_service(
         redis = None
         redis_url = settings.redis_url
         if own_redis:
-            redis = EmbeddedRedis(settings.data_dir, pass_fds=[lock.fileno()])
+            redis = _own_redis(settings, lock)
             stack.callback(redis.stop)
             redis.start()
             redis_url = redis.url
@@ -254,6 +254,15 @@ def _locked(data_dir: Path) -> Iterator[IO[str]]:
                 f"the data directory {data_dir} is in use by another lumina serve"
             ) from None
         yield lock
+
+
+def _own_redis(settings: Settings, lock: IO[str]) -> EmbeddedRedis:
+    if settings.durability == "replica":
+        raise ServiceError(
+            "LUMINA_DURABILITY=replica needs a Redis that has a replica: give --redis-url"
+        )
+    fsync = "always" if settings.durability == "fsync" else "everysec"
+    return EmbeddedRedis(settings.data_dir, pass_fds=[lock.fileno()], fsync=fsync)
 
 
 def _free_port(host: str, port: int) -> int:

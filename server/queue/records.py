@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from server.protocol import JobError, JobRecord, JobResult, JobSpec
 
-ClaimState = Literal["held", "canceled", "expired", "lost"]
+# A claim holds; its job was canceled or is too late; it has ended itself; the job is another's.
+ClaimState = Literal["held", "canceled", "expired", "ended", "lost"]
 
 WORKER_LOST = JobError(
     code="worker-lost", detail="the worker running this job died, on every attempt it was given"

@@ -89,6 +89,7 @@ class Output:
 
     def submit(self, decoded: Decoded) -> None:
         """Store and commit a job; returns at once."""
+        self._intake.storing(decoded.job.claim)
         future = self._threads.submit(self._finish, decoded)
         self._pending[future] = decoded.job.claim
 

@@ -7,8 +7,8 @@ local ring, solo, drain = pool_key('ring', pool), pool_key('solo', pool), pool_k
 local claims, expired = {}, 0
 
 -- Whether a job is too late to begin; it expires here rather than take a device.
-local function too_late(id)
-  if not late(redis.call('HGET', job_key(id), 'deadline_ms')) then return false end
+local function too_late(id, deadline_ms)
+  if not late(deadline_ms) then return false end
   finish(id, 'expired', tonumber(ARGV[8]), 'error', ARGV[9])
   expired = expired + 1
   return true
@@ -16,11 +16,11 @@ end
 
 local function take(id)
   local job = job_key(id)
-  local claim_no = redis.call('HINCRBY', job, 'claim_no', 1)
-  local attempts = redis.call('HINCRBY', job, 'attempts', 1)
-  local f = redis.call('HMGET', job, 'tenant', 'solo', 'submitted_ms', 'cost', 'spec', 'priority')
-  redis.call('HSET', job, 'status', 'running', 'worker', worker, 'step', 0)
-  redis.call('HSETNX', job, 'started_ms', now)
+  local f = redis.call('HMGET', job, 'tenant', 'solo', 'submitted_ms', 'cost', 'spec', 'priority',
+    'claim_no', 'attempts', 'started_ms')
+  local claim_no, attempts = f[7] + 1, f[8] + 1
+  redis.call('HSET', job, 'status', 'running', 'worker', worker, 'step', 0, 'claim_no', claim_no,
+    'attempts', attempts, 'started_ms', f[9] or now)
   leave_queue(id, pool, f[6], f[4])
   redis.call('ZADD', LEASE, now + lease_ms, id)
   announce(id, 'started', 'attempt', attempts)
@@ -29,7 +29,9 @@ end
 
 local function next_lone()
   local id = redis.call('ZRANGE', solo, 0, 0)[1]
-  while id and expired < EXPIRE_LIMIT and too_late(id) do id = redis.call('ZRANGE', solo, 0, 0)[1] end
+  while id and expired < EXPIRE_LIMIT and too_late(id, redis.call('HGET', job_key(id), 'deadline_ms')) do
+    id = redis.call('ZRANGE', solo, 0, 0)[1]
+  end
   return id
 end
 
@@ -53,8 +55,9 @@ while #claims < room and expired < EXPIRE_LIMIT do
   local tenants = ring .. ':' .. priority
   local tenant = redis.call('ZRANGE', tenants, 0, 0)[1]
   local id = redis.call('ZRANGE', ready_key(pool, priority, tenant), 0, 0)[1]
-  if not too_late(id) then
-    local cost = tonumber(redis.call('HGET', job_key(id), 'cost'))
+  local f = redis.call('HMGET', job_key(id), 'cost', 'deadline_ms')
+  if not too_late(id, f[2]) then
+    local cost = tonumber(f[1])
     if cost > budget and not (idle and #claims == 0) then break end
     budget = budget - cost
     local spent = redis.call('ZINCRBY', ring, cost / WEIGHTS[priority], priority)

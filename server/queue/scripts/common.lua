@@ -33,16 +33,14 @@ end
 
 local function wake(pool)
   local key = pool_key('wake', pool)
-  redis.call('LPUSH', key, 1)
-  redis.call('LTRIM', key, 0, WAKE_LIMIT - 1)
-  redis.call('PEXPIRE', key, WAKE_TTL)
+  local tokens = redis.call('LPUSH', key, 1)
+  if tokens == 1 then redis.call('PEXPIRE', key, WAKE_TTL) end
+  if tokens > WAKE_LIMIT then redis.call('LTRIM', key, 0, WAKE_LIMIT - 1) end
 end
 
 -- Let workers claim a queued job: alone if it was reclaimed before, else in its tenant's turn.
-local function make_ready(id)
-  local f = redis.call('HMGET', job_key(id), 'pool', 'priority', 'tenant', 'seq', 'solo')
-  local pool, priority, tenant, seq = f[1], f[2], f[3], f[4]
-  if f[5] == '1' then
+local function make_ready(id, pool, priority, tenant, seq, solo)
+  if solo == '1' then
     redis.call('ZADD', pool_key('solo', pool), seq, id)
   else
     redis.call('ZADD', ready_key(pool, priority, tenant), seq, id)
@@ -77,33 +75,64 @@ local function leave_queue(id, pool, priority, cost)
   end
 end
 
+-- A tenant's list keeps what has not ended, and the rest for `ttl` ms from its submission.
+local function list(id, tenant, seq, ttl)
+  local listed = PREFIX .. 'jobs:' .. tenant
+  for _, other in ipairs(redis.call('ZRANGE', listed, 0, UNLIST_LIMIT - 1)) do
+    local at = redis.call('HGET', job_key(other), 'submitted_ms')
+    if at and tonumber(at) > now - ttl then break end
+    if not redis.call('ZSCORE', open_key(tenant), other) then redis.call('ZREM', listed, other) end
+  end
+  redis.call('ZADD', listed, seq, id)
+  redis.call('PEXPIRE', listed, math.max(ttl, DEAD_TTL))
+end
+
+local function usage_key(tenant) return PREFIX .. 'usage:' .. tenant .. ':' .. math.floor(now / DAY) end
+
 -- Extra arguments are further fields of the job.
-local function create(id, spec, tenant, pool, priority, cost, ...)
+local function create(id, spec, tenant, pool, priority, cost, ttl, ...)
   local seq = redis.call('INCR', SEQ)
   redis.call('HSET', job_key(id), 'status', 'queued', 'tenant', tenant, 'pool', pool,
     'priority', priority, 'spec', spec, 'cost', cost, 'seq', seq, 'claim_no', 0, 'attempts', 0,
     'worker', '', 'step', 0, 'total', 0, 'solo', 0, 'submitted_ms', now, ...)
   enter_queue(id, pool, priority, seq, cost)
   redis.call('ZADD', open_key(tenant), seq, id)
-  make_ready(id)
+  list(id, tenant, seq, ttl)
+  local usage = usage_key(tenant)
+  redis.call('HINCRBY', usage, 'jobs', 1)
+  redis.call('HINCRBY', usage, 'cost_ms', cost)
+  redis.call('PEXPIRE', usage, USAGE_TTL)
+  make_ready(id, pool, priority, tenant, seq)
   announce(id, 'queued')
   return seq
 end
 
 -- A running job is queued again, after `delay` ms.
 local function requeue(id, delay)
-  local f = redis.call('HMGET', job_key(id), 'pool', 'seq', 'priority', 'cost')
+  local f = redis.call('HMGET', job_key(id), 'pool', 'priority', 'tenant', 'seq', 'solo', 'cost')
   redis.call('HSET', job_key(id), 'status', 'queued', 'worker', '', 'step', 0)
-  enter_queue(id, f[1], f[3], f[2], f[4])
-  if delay > 0 then redis.call('ZADD', SCHEDULED, now + delay, id) else make_ready(id) end
+  enter_queue(id, f[1], f[2], f[4], f[6])
+  if delay > 0 then
+    redis.call('ZADD', SCHEDULED, now + delay, id)
+  else
+    make_ready(id, f[1], f[2], f[3], f[4], f[5])
+  end
   announce(id, 'queued')
+end
+
+-- A webhook must hear of the end of a job that has one. Whoever delivers it needs nothing else.
+local function tell_webhook(id, status, url)
+  local delivery = PREFIX .. 'delivery:' .. id
+  redis.call('HSET', delivery, 'url', url, 'status', status, 'tries', 0, 'since_ms', now)
+  redis.call('PEXPIRE', delivery, OUTBOX_TTL)
+  redis.call('ZADD', OUTBOX, now, id)
 end
 
 -- The one way into a terminal status, from any other. Gives the service's logical time (SEQ), or
 -- nothing where there is no such job. Extra arguments are further fields of the job.
 local function finish(id, status, ttl, ...)
   local job = job_key(id)
-  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost')
+  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost', 'webhook')
   redis.call('ZREM', LEASE, id)
   redis.call('ZREM', DEADLINE, id)
   if f[1] == 'queued' then
@@ -117,6 +146,7 @@ local function finish(id, status, ttl, ...)
   redis.call('ZREM', open_key(f[4]), id)
   redis.call('HSET', job, 'status', status, 'finished_ms', now, 'expires_ms', now + ttl, ...)
   redis.call('PEXPIRE', job, ttl)
+  if f[6] then tell_webhook(id, status, f[6]) end
   announce(id, status)
   redis.call('PEXPIRE', PREFIX .. 'events:' .. id, math.min(ttl, EVENTS_TTL))
   return redis.call('INCR', SEQ)
@@ -131,18 +161,27 @@ end
 
 local function late(deadline_ms) return deadline_ms and tonumber(deadline_ms) <= now end
 
--- The fence: 'held' if this claim is the job's current one, else why it is not.
-local function claim_state(id, claim_no, worker)
-  local f = redis.call('HMGET', job_key(id), 'status', 'claim_no', 'worker')
-  if f[1] == 'running' and f[2] == claim_no and f[3] == worker then return 'held' end
-  return (f[1] == 'canceled' or f[1] == 'expired') and f[1] or 'lost'
-end
-
 -- Counters for operators; the removal lets a refusal be counted at maxmemory too.
 local function count(what, number)
   redis.call('HDEL', STATS, '-')
   redis.call('HINCRBY', STATS, what, number)
 end
+
+-- The fence: 'held' if this claim is the job's current one, else why it is not: the job was
+-- 'canceled' or 'expired', this very claim has 'ended' already (an answer was lost, or a heartbeat
+-- crossed the commit), or it is 'lost' to another. Only the last is a stale write, and is counted.
+local function claim_state(id, claim_no, worker)
+  local f = redis.call('HMGET', job_key(id), 'status', 'claim_no', 'worker', 'ended_claim')
+  local mine = f[2] == claim_no and f[3] == worker
+  if mine and f[1] == 'running' then return 'held' end
+  if f[1] == 'canceled' or f[1] == 'expired' then return f[1] end
+  if (mine and f[1] == 'succeeded') or f[4] == claim_no then return 'ended' end
+  count('fenced', 1)
+  return 'lost'
+end
+
+-- Remember that this claim has said its last word, other than by success.
+local function end_claim(id, claim_no) redis.call('HSET', job_key(id), 'ended_claim', claim_no) end
 
 local function backoff(attempts, jitter)
   return math.floor(math.min(BACKOFF * 2 ^ (attempts - 1), BACKOFF_LIMIT) * jitter)

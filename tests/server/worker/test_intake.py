@@ -1,19 +1,24 @@
 """The intake on a real Redis, without an engine."""
 
+import asyncio
+import signal
 import time
 
 import structlog
 from redis import Redis
 
+from server.embedded import EmbeddedRedis
 from server.queue.connection import connect
 from server.queue.jobs import JobQueue
 from server.scheduler.scheduler import Capacity
 from server.worker.intake import Intake
 from server.worker.pulse import Pulse
 from tests.fakes import FAKE_INFO, wait_until
+from tests.server.queue.helpers import BOOM, RESULT
 from tests.server.worker.test_main import POOL, Caller
 
 ROOM_FOR_TWO = Capacity(jobs=2, cost_ms=1e9, idle=False)
+ALL_ROOM = Capacity(jobs=2, cost_ms=1e9, idle=True)
 FULL = Capacity(jobs=0, cost_ms=0.0, idle=False)
 REPLY_S = 0.3
 
@@ -88,5 +93,88 @@ def test_the_offer_is_put_up_again_after_a_flush(redis_url):
         with Redis.from_url(redis_url) as client:
             client.flushall()
         assert wait_until(caller.model, 5.0) == FAKE_INFO
+    finally:
+        intake.stop(3.0)
+
+
+def make_intake(redis_url, queue_type=JobQueue, pulse=None, lease_s=0.6, **options):
+    return Intake(
+        lambda: queue_type(connect(redis_url), lease_s=lease_s),
+        "w1",
+        POOL,
+        pulse or Pulse(),
+        **options,
+    )
+
+
+def test_a_job_that_hangs_in_the_blob_store_is_let_go_and_nothing_new_is_claimed(redis_url):
+    caller = Caller(redis_url)
+    stuck, healthy, later = (caller.submit() for _ in range(3))
+    intake = make_intake(redis_url, store_s=0.3)
+    intake.start(FAKE_INFO)
+    try:
+        arrivals = wait_until(lambda: intake.poll(ROOM_FOR_TWO).arrivals)
+        wait_until(lambda: arrivals.extend(intake.poll(FULL).arrivals) or len(arrivals) == 2)
+        claims = {arrival.claim.job_id: arrival.claim for arrival in arrivals}
+        intake.storing(claims[stuck])
+        intake.storing(claims[healthy])
+        assert intake.complete(claims[healthy], RESULT).result(5.0)
+        wait_until(lambda: caller.get(stuck).status == "queued", what="the lease to be let go")
+        assert not intake.ready
+        for _ in range(5):
+            assert intake.poll(ALL_ROOM).arrivals == []
+            time.sleep(REPLY_S / 5)
+        assert caller.get(later).status == "queued"
+        intake.fail(claims[stuck], BOOM, retry=True).result(5.0)  # at last the store has answered
+        assert intake.ready
+        assert wait_until(lambda: intake.poll(ALL_ROOM).arrivals)
+    finally:
+        intake.stop(3.0)
+
+
+def test_a_worker_is_ready_while_its_queue_answers_and_its_engine_moves(tmp_path):
+    redis = EmbeddedRedis(tmp_path)
+    redis.start()
+    pulse = Pulse(min_hang_s=0.2)
+    intake = make_intake(redis.url, pulse=pulse)
+    try:
+        intake.start(FAKE_INFO)
+        intake._away_limit_s = 1.0
+        assert intake.ready
+        time.sleep(0.3)
+        assert not intake.ready  # the engine hangs
+        pulse.beat()
+        assert intake.ready
+        redis.child.signal(signal.SIGKILL)
+
+        def ready():
+            pulse.beat()
+            return intake.ready
+
+        wait_until(lambda: not redis.child.running, what="Redis to be gone")
+        wait_until(lambda: not ready(), 10, "the silence to be noticed")
+        redis.start()
+        wait_until(ready, 10, "the worker to be ready again")
+        intake.stop_claiming(1.0)
+        assert not ready()
+    finally:
+        intake.stop(3.0)
+        redis.stop()
+
+
+def test_a_worker_whose_claims_get_stuck_is_not_listed(redis_url):
+    class Stuck(JobQueue):
+        async def claim(self, *args, **options):
+            await asyncio.sleep(3600)
+
+    caller = Caller(redis_url)
+    intake = make_intake(redis_url, Stuck)
+    intake._away_limit_s = 0.7
+    intake.start(FAKE_INFO)
+    try:
+        wait_until(caller.workers)
+        intake.poll(ROOM_FOR_TWO)
+        wait_until(lambda: not caller.workers(), what="the worker to be unlisted")
+        assert not intake.ready
     finally:
         intake.stop(3.0)
