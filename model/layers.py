@@ -116,6 +116,14 @@ class Block(nn.Module):
         out: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x, scaled_2)), gated_2)
         return out
 
+    def input_scale(self, time_embedding: Tensor) -> Tensor:
+        """Weights ``[n, d]`` of the attention's norm with the scale folded in, for ``[n, e]``."""
+        assert self.modulation is not None
+        scale = self.modulation(time_embedding).float()[:, : self.attention_norm1.weight.numel()]
+        own: Tensor = self.attention_norm1.weight
+        folded: Tensor = (own * (1 + scale)).to(own.dtype)
+        return folded
+
     def _modulated_weights(
         self, time_embedding: Tensor, sequence_index: Tensor, residual: torch.dtype
     ) -> tuple[Tensor, ...]:

@@ -185,6 +185,20 @@ class NextDiT(nn.Module):
             )
         return replace(packed, hidden=hidden)
 
+    def joint_signals(self, packed: PackedSequences, places: Sequence[int]) -> list[Tensor]:
+        """Modulated inputs ``[T_i, d]`` of the first joint block, for the sequences at `places`.
+
+        How much they change from step to step tells how much the joint blocks' output will.
+        """
+        first = self.layers[0]
+        assert isinstance(first, Block)
+        sequences = packed.hidden.split(packed.layout.lengths)
+        signals = []
+        for place in places:
+            scale = first.input_scale(packed.time_embedding[place : place + 1])
+            signals.append(first.attention_norm1(sequences[place], scale))
+        return signals
+
     def head(self, packed: PackedSequences) -> list[Tensor]:
         """Project image tokens back to velocities ``[C, H_i, W_i]``, in the caller's order."""
         tokens = self.final_layer(packed.hidden, packed.time_embedding, packed.sequence_index)

@@ -3,7 +3,7 @@
 Shapes: T = tokens of all sequences, n = sequences, d = width, h = heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
@@ -97,6 +97,34 @@ class PackedSequences:
     sequence_index: Tensor  # [T]
     grids: tuple[tuple[int, int], ...]  # patch rows and columns of each sample
     order: tuple[int, ...]
+
+    def select(
+        self, places: Sequence[int], plan: Callable[[Layout], "Attend"]
+    ) -> "PackedSequences":
+        """The sequences at these places alone, in the order given; `plan` is the backend's.
+
+        The result is for the joint blocks: `order` counts from 0 again.
+        """
+        lengths = self.layout.lengths
+        device = self.hidden.device
+        layout = Layout.of([lengths[place] for place in places], device)
+
+        def taken(tokens: Tensor) -> Tensor:
+            pieces = tokens.split(lengths)
+            return torch.cat([pieces[place] for place in places])
+
+        index = upload(torch.tensor(places, device="cpu"), device)
+        return PackedSequences(
+            hidden=taken(self.hidden),
+            layout=layout,
+            attend=plan(layout),
+            cos=taken(self.cos),
+            sin=taken(self.sin),
+            time_embedding=self.time_embedding[index],
+            sequence_index=layout.sequence_index(),
+            grids=tuple(self.grids[place] for place in places),
+            order=tuple(range(len(places))),
+        )
 
 
 class RotaryTables:
