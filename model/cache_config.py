@@ -70,7 +70,7 @@ class SkipSchedule:
         for start, end in zip(starts, ends, strict=True):
             due += share * (_at(before, end) - _at(before, start))
             computed.append(not computed or due >= 0.5)
-            due = min(due - 1.0, 0.5) if computed[-1] else due
+            due = min(due - 1.0, 1.0) if computed[-1] else due
         computed[-1] = True
         return tuple(computed)
 

@@ -142,6 +142,6 @@ def test_the_nearest_schedule_of_the_same_solver_is_taken():
     assert plan("euler", 12, 1.0) == "111111100001"
     assert plan("dpm", 4) == "1001"
     assert plan("dpm", 12) == "100000000001"
-    solver = make_sampler("euler", sigmas=[1.0, 0.9, 0.7, 0.2])
+    solver = make_sampler("euler", sigmas=[1.0, 18 / 19, 6 / 7, 2 / 3])
     assert letters(config.plan("fast", "euler", solver, None)) == "1001"
     assert config.plan("balanced", "euler", solver, None) is None
