@@ -22,8 +22,8 @@ from model.cache_config import CacheConfig
 from model.flow import timestep_from_sigma
 from model.generation_config import GenerationConfig
 from model.guidance import Guidance
+from model.modulation import ModulationTable
 from model.next_dit import NextDiT
-from model.packing import upload
 from model.request import GenerationRequest, ResolvedRequest
 from model.samplers import Sampler, SamplerState, make_sampler
 from model.teacache import (
@@ -155,6 +155,7 @@ class Pipeline:
         self.text_encoder = text_encoder
         self.generation_config = generation_config
         self.cache_config = cache_config
+        self.modulation = ModulationTable(dit)
 
     @property
     def device(self) -> torch.device:
@@ -231,8 +232,13 @@ class Pipeline:
                     turns.append(state.turn(image, kind))
         if not latents:
             return
-        times = upload(torch.tensor(timesteps, dtype=torch.float32), self.device)
-        packed, caches = run_blocks(self.dit, self.dit.embed(latents, times, contexts), turns)
+        packed = self.dit.embed(
+            latents,
+            torch.tensor(timesteps, dtype=torch.float32),
+            contexts,
+            self.modulation.of(timesteps),
+        )
+        packed, caches = run_blocks(self.dit, packed, turns)
         velocities, kept = iter(self.dit.head(packed)), iter(caches)
         for state in states:
             _advance(state, velocities, kept)
