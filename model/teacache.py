@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -114,7 +115,17 @@ class Threshold:
         return _decided(state, computed, 0.0 if computed else accumulated, accumulated)
 
 
-Policy = SkipPlan | Threshold
+class Policy(Protocol):
+    """How a branch decides; see `SkipPlan` and `Threshold`."""
+
+    def needs_signal(self, step: int, /) -> bool:
+        """Whether this or the next step's decision looks at the signal."""
+
+    def keeps_residual(self, step: int, /) -> bool:
+        """Whether the residual as of this step may be needed."""
+
+    def decide(self, state: TeaCacheState, step: int, change: float | None, /) -> TeaCacheState:
+        """The state with this step's decision added."""
 
 
 def estimated_change(coefficients: Sequence[float], change: float) -> float:
