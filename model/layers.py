@@ -18,6 +18,10 @@ from model.config import FREQUENCY_DIM, NextDiTConfig
 QK_NORM_EPS = 1e-5  # fixed, whatever norm_eps says: diffusers and the released weights agree on it
 FINAL_NORM_EPS = 1e-6
 
+# Norm weights of a modulated block by timestep, [n, 2d] each: two with scales folded in, two with
+# gates.
+Folded = tuple[Tensor, Tensor]
+
 
 class RMSNorm(nn.Module):
     """RMSNorm with weight; a call may pass a weight per token in its place."""
@@ -90,6 +94,7 @@ class Block(nn.Module):
         sin: Tensor,
         time_embedding: Tensor | None = None,
         sequence_index: Tensor | None = None,
+        folded: Folded | None = None,
     ) -> Tensor:
         """``[T, d]`` to ``[T, d]``.
 
@@ -99,27 +104,28 @@ class Block(nn.Module):
             cos: ``[T, head_dim / 2]`` fp32.
             sin: ``[T, head_dim / 2]`` fp32.
             time_embedding: ``[n, e]`` after SiLU; modulated blocks only.
-            sequence_index: ``[T]``; modulated blocks only.
+            sequence_index: ``[T]``, the row of each token's time embedding or folded weights.
+            folded: what :meth:`fold` made of the time embedding, where it is known.
         """
         if self.modulation is None:
             attended = self.attention(self.attention_norm1(x), attend, cos, sin)
             x = x + self.attention_norm2(attended)
             refined: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
             return refined
-        assert time_embedding is not None
         assert sequence_index is not None
-        scaled_1, scaled_2, gated_1, gated_2 = self._modulated_weights(
-            time_embedding, sequence_index, x.dtype
+        if folded is None:
+            assert time_embedding is not None
+            folded = self.fold(time_embedding, x.dtype)
+        scaled_1, scaled_2, gated_1, gated_2 = (
+            part for weights in folded for part in _spread(weights, sequence_index).chunk(2, dim=-1)
         )
         attended = self.attention(self.attention_norm1(x, scaled_1), attend, cos, sin)
         x = x + self.attention_norm2(attended, gated_1)
         out: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x, scaled_2)), gated_2)
         return out
 
-    def _modulated_weights(
-        self, time_embedding: Tensor, sequence_index: Tensor, residual: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        """Norm weights of every token, ``[T, d]`` each: two with scales folded in, two with gates.
+    def fold(self, time_embedding: Tensor, residual: torch.dtype) -> Folded:
+        """Norm weights ``[n, 2d]`` with the scales and with the gates of ``[n, e]`` folded in.
 
         ``RMS(x) w (1 + s)`` and ``tanh(g) (RMS(x) w)`` are one multiplication per token this way.
         They are folded in fp32 and rounded once: to what the matrix products take, and for what is
@@ -131,16 +137,17 @@ class Block(nn.Module):
         scaled = torch.cat(
             (self.attention_norm1.weight * (1 + scale_1), self.ffn_norm1.weight * (1 + scale_2)),
             dim=-1,
-        ).to(own)
+        )
         gated = torch.cat(
             (self.attention_norm2.weight * gate_1.tanh(), self.ffn_norm2.weight * gate_2.tanh()),
             dim=-1,
-        ).to(torch.promote_types(own, residual))
-        return tuple(
-            part
-            for weights in (scaled, gated)
-            for part in weights.index_select(0, sequence_index).chunk(2, dim=-1)
         )
+        return scaled.to(own), gated.to(torch.promote_types(own, residual))
+
+
+def _spread(rows: Tensor, sequence_index: Tensor) -> Tensor:
+    """Rows ``[n, ...]`` by token; a single one is broadcast where it is used."""
+    return rows if rows.shape[0] == 1 else rows.index_select(0, sequence_index)
 
 
 class TimestepEmbedder(nn.Module):
@@ -183,9 +190,14 @@ class FinalLayer(nn.Module):
         self.modulation = nn.Linear(config.modulation_dim, config.hidden_size)
         self.linear = nn.Linear(config.hidden_size, config.patch_dim)
 
-    def forward(self, x: Tensor, time_embedding: Tensor, sequence_index: Tensor) -> Tensor:
-        """``[T, d]``, ``[n, e]`` after SiLU and ``[T]`` to ``[T, patch_dim]``."""
-        scale = self.modulation(time_embedding).float().index_select(0, sequence_index)
+    def scale(self, time_embedding: Tensor) -> Tensor:
+        """Factors ``[n, d]`` of the normalised tokens, fp32, for ``[n, e]`` after SiLU."""
+        scale: Tensor = 1 + self.modulation(time_embedding).float()
+        return scale
+
+    def forward(self, x: Tensor, scale: Tensor, sequence_index: Tensor) -> Tensor:
+        """``[T, d]``, ``[n, d]`` of :meth:`scale` and ``[T]`` to ``[T, patch_dim]``."""
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=FINAL_NORM_EPS)
-        out: Tensor = self.linear((normed * (1 + scale)).to(self.linear.weight.dtype))
+        scaled = normed * _spread(scale, sequence_index)
+        out: Tensor = self.linear(scaled.to(self.linear.weight.dtype))
         return out

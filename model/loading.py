@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from model.cache_config import load_cache_config
 from model.checkpoint import (
     PICKLES,
     CheckpointError,
@@ -94,7 +95,11 @@ def load_pipeline(
         size_multiple=math.lcm(SIZE_MULTIPLE, vae.downscale * dit.config.patch_size),
     )
     return Pipeline(
-        dit=dit, vae=vae, text_encoder=text_encoder, generation_config=generation_config
+        dit=dit,
+        vae=vae,
+        text_encoder=text_encoder,
+        generation_config=generation_config,
+        cache_config=load_cache_config(folder),
     )
 
 

@@ -20,6 +20,7 @@ from model import checkpoint
 from model.attention import Backend, choose_backend
 from model.config import NextDiTConfig
 from model.layers import Block, CaptionEmbedder, FinalLayer, TimestepEmbedder
+from model.modulation import Modulation
 from model.packing import Layout, PackedSequences, RotaryTables, upload
 from model.precision import precision_name
 
@@ -124,7 +125,11 @@ class NextDiT(nn.Module):
         return list(hidden.split(lengths))
 
     def embed(
-        self, latents: Sequence[Tensor], timesteps: Tensor, contexts: Sequence[Tensor]
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        contexts: Sequence[Tensor],
+        modulation: Modulation | None = None,
     ) -> PackedSequences:
         """Patchify, refine the noisy image tokens and pack them behind their captions.
 
@@ -132,6 +137,7 @@ class NextDiT(nn.Module):
             latents: n tensors ``[C, H_i, W_i]``.
             timesteps: ``[n]`` in [0, 1].
             contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`.
+            modulation: of a `ModulationTable` for these timesteps, which then are not looked at.
         """
         self._check_batch(latents, timesteps, contexts)
         p = self.config.patch_size
@@ -141,18 +147,22 @@ class NextDiT(nn.Module):
         latents = [latents[i] for i in order]
         contexts = [contexts[i] for i in order]
         grids = [(x.shape[1] // p, x.shape[2] // p) for x in latents]
-        places = upload(torch.tensor(order, device="cpu"), self.device)
-        timesteps = upload(timesteps, self.device)[places]
-        time_embedding = F.silu(self.time_embedder(timesteps))
+        time_embedding, rows = None, None
+        if modulation is None:
+            places = upload(torch.tensor(order, device="cpu"), self.device)
+            time_embedding = F.silu(self.time_embedder(upload(timesteps, self.device)[places]))
+        else:
+            rows = [modulation.rows[i] for i in order]
 
         image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
         image_layout = Layout.of(lengths, self.device)
-        image_index = image_layout.sequence_index()
+        image_index = image_layout.sequence_index(rows)
         attend = self.attention.plan(image_layout)
         image = self.x_embedder(self._patchify(latents))
         cos, sin = torch.cat(image_cos), torch.cat(image_sin)
-        for block in self.noise_refiner:
-            image = block(image, attend, cos, sin, time_embedding, image_index)
+        for number, block in enumerate(self.noise_refiner):
+            folded = None if modulation is None else modulation.noise_refiner[number]
+            image = block(image, attend, cos, sin, time_embedding, image_index, folded)
 
         caption_tables = [self.rotary.caption(c.shape[0], self.device) for c in contexts]
         layout = Layout.of(
@@ -166,7 +176,8 @@ class NextDiT(nn.Module):
             cos=_interleave([c for c, _ in caption_tables], image_cos),
             sin=_interleave([s for _, s in caption_tables], image_sin),
             time_embedding=time_embedding,
-            sequence_index=layout.sequence_index(),
+            modulation=modulation,
+            sequence_index=layout.sequence_index(rows),
             grids=tuple(grids),
             order=tuple(order),
         )
@@ -174,7 +185,8 @@ class NextDiT(nn.Module):
     def blocks(self, packed: PackedSequences) -> PackedSequences:
         """Run the joint blocks over captions and images together."""
         hidden = packed.hidden
-        for block in self.layers:
+        modulation = packed.modulation
+        for number, block in enumerate(self.layers):
             hidden = block(
                 hidden,
                 packed.attend,
@@ -182,12 +194,40 @@ class NextDiT(nn.Module):
                 packed.sin,
                 packed.time_embedding,
                 packed.sequence_index,
+                None if modulation is None else modulation.layers[number],
             )
         return replace(packed, hidden=hidden)
 
+    def joint_signals(self, packed: PackedSequences, places: Sequence[int]) -> list[Tensor]:
+        """Modulated inputs ``[T_i, d]`` of the first joint block, for the sequences at `places`.
+
+        How much they change from step to step tells how much the joint blocks' output will.
+        """
+        first = self.layers[0]
+        assert isinstance(first, Block)
+        modulation, d = packed.modulation, self.config.hidden_size
+        sequences = packed.hidden.split(packed.layout.lengths)
+        signals = []
+        for place in places:
+            if modulation is None:
+                assert packed.time_embedding is not None
+                scaled, _ = first.fold(
+                    packed.time_embedding[place : place + 1], packed.hidden.dtype
+                )
+            else:
+                row = modulation.rows[packed.order[place]]
+                scaled = modulation.layers[0][0][row : row + 1]
+            signals.append(first.attention_norm1(sequences[place], scaled[:, :d]))
+        return signals
+
     def head(self, packed: PackedSequences) -> list[Tensor]:
         """Project image tokens back to velocities ``[C, H_i, W_i]``, in the caller's order."""
-        tokens = self.final_layer(packed.hidden, packed.time_embedding, packed.sequence_index)
+        if packed.modulation is None:
+            assert packed.time_embedding is not None
+            scale = self.final_layer.scale(packed.time_embedding)
+        else:
+            scale = packed.modulation.final
+        tokens = self.final_layer(packed.hidden, scale, packed.sequence_index)
         velocities: list[Tensor | None] = [None] * len(packed.order)
         sequences = tokens.split(packed.layout.lengths)
         for place, sequence, grid in zip(packed.order, sequences, packed.grids, strict=True):

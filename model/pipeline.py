@@ -10,7 +10,7 @@ prompt (uncond).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -18,16 +18,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.cache_config import CacheConfig
 from model.flow import timestep_from_sigma
 from model.generation_config import GenerationConfig
 from model.guidance import Guidance
+from model.modulation import ModulationTable
 from model.next_dit import NextDiT
-from model.packing import upload
 from model.request import GenerationRequest, ResolvedRequest
 from model.samplers import Sampler, SamplerState, make_sampler
+from model.teacache import (
+    BranchTurn,
+    RequestCache,
+    TeaCacheState,
+    Threshold,
+    plan_cache,
+    run_blocks,
+)
 from model.templates import compose_negative, compose_prompt
 from model.text_encoder import TextEncoder
 from model.vae import VAE, to_pil
+
+BRANCHES = ("cond", "uncond")
 
 
 @dataclass
@@ -42,10 +53,12 @@ class DenoiseState:
         uncond: refined context [L, d] of the negative prompt; None when no step is guided.
         samples: solver state of every image.
         tokens_per_image: image tokens of one image.
+        cache: what its branches remember from step to step; None where every step computes.
         warnings: sentences for the user.
-        steps_computed: steps done so far.
-        steps_cfg: of these, steps that ran both branches.
-        nfe: branches of the network evaluated so far for each image, cond and uncond.
+        steps_computed: steps so far in which any branch ran the joint blocks.
+        steps_cfg: steps so far that were guided.
+        nfe: branches that ran the joint blocks so far for each image, cond and uncond; for the
+            image with the most, where a threshold decides.
     """
 
     request: ResolvedRequest
@@ -55,6 +68,7 @@ class DenoiseState:
     uncond: Tensor | None
     samples: list[SamplerState]
     tokens_per_image: int
+    cache: RequestCache | None = None
     warnings: list[str] = field(default_factory=list)
     steps_computed: int = 0
     steps_cfg: int = 0
@@ -91,6 +105,17 @@ class DenoiseState:
         interval = self.sampler.interval_of(self.step_index)
         return self.guidance.is_guided(interval, self.sampler.num_intervals, self.timestep)
 
+    def turn(self, image: int, kind: str) -> BranchTurn | None:
+        """The cache of one branch before the next step; None where it has none."""
+        return None if self.cache is None else self.cache.turn((image, kind), self.step_index)
+
+    @property
+    def cache_decisions(self) -> dict[str, str]:
+        """What a cache threshold decided, by branch and step: `prepare` can repeat it."""
+        if self.cache is None or not isinstance(self.cache.default, Threshold):
+            return {}
+        return self.cache.decisions
+
     @property
     def prompt_tokens(self) -> int:
         """Tokens the prompt took, its template and the beginning-of-sequence token included."""
@@ -123,11 +148,14 @@ class Pipeline:
         vae: VAE,
         text_encoder: TextEncoder,
         generation_config: GenerationConfig,
+        cache_config: CacheConfig | None = None,
     ) -> None:
         self.dit = dit
         self.vae = vae
         self.text_encoder = text_encoder
         self.generation_config = generation_config
+        self.cache_config = cache_config
+        self.modulation = ModulationTable(dit)
 
     @property
     def device(self) -> torch.device:
@@ -140,8 +168,14 @@ class Pipeline:
         return self.dit.dtype
 
     @torch.inference_mode()
-    def prepare(self, request: GenerationRequest) -> DenoiseState:
+    def prepare(
+        self, request: GenerationRequest, *, replay: Mapping[str, str] | None = None
+    ) -> DenoiseState:
         """Everything that happens once per request: defaults, text, contexts, noise, schedule.
+
+        Args:
+            request: what to draw.
+            replay: `cache_decisions` of an earlier run, to be made again.
 
         Raises:
             ValueError: one sentence, when this checkpoint cannot do what is asked.
@@ -155,6 +189,7 @@ class Pipeline:
             shift=resolved.shift,
             sigmas=resolved.sigmas,
         )
+        cache, uncached = plan_cache(resolved, sampler, self.cache_config, replay)
         prompt, negative = _texts(resolved)
         state = DenoiseState(
             request=resolved,
@@ -167,7 +202,8 @@ class Pipeline:
                 for k in range(resolved.num_images)
             ],
             tokens_per_image=height * width // self.dit.config.patch_size**2,
-            warnings=self._warnings(resolved),
+            cache=cache,
+            warnings=[*self._warnings(resolved), *uncached],
         )
         # Both truncation rules only ever switch guidance off: the first step speaks for all.
         if state.guided:
@@ -178,25 +214,34 @@ class Pipeline:
     def denoise_step(self, states: Sequence[DenoiseState]) -> None:
         """Advance every state by one step, all branches of all images in one packed forward.
 
+        Branches that their cache skips take part in it, except for the joint blocks.
+
         If the forward raises, no state has changed and the call can be repeated with fewer.
         """
         assert not any(state.finished for state in states)
         latents: list[Tensor] = []
         timesteps: list[float] = []
         contexts: list[Tensor] = []
+        turns: list[BranchTurn | None] = []
         for state in states:
-            for context in state.contexts():
-                for sample in state.samples:
+            for kind, context in zip(BRANCHES, state.contexts(), strict=False):
+                for image, sample in enumerate(state.samples):
                     latents.append(state.sampler.evaluation_point(sample))
                     timesteps.append(state.timestep)
                     contexts.append(context)
+                    turns.append(state.turn(image, kind))
         if not latents:
             return
-        times = upload(torch.tensor(timesteps, dtype=torch.float32), self.device)
-        packed = self.dit.blocks(self.dit.embed(latents, times, contexts))
-        velocities = iter(self.dit.head(packed))
+        packed = self.dit.embed(
+            latents,
+            torch.tensor(timesteps, dtype=torch.float32),
+            contexts,
+            self.modulation.of(timesteps),
+        )
+        packed, caches = run_blocks(self.dit, packed, turns)
+        velocities, kept = iter(self.dit.head(packed)), iter(caches)
         for state in states:
-            _advance(state, velocities)
+            _advance(state, velocities, kept)
 
     @torch.inference_mode()
     def decode(self, states: Sequence[DenoiseState]) -> list[list[Image.Image]]:
@@ -301,7 +346,9 @@ def _guidance(request: ResolvedRequest) -> Guidance:
     )
 
 
-def _advance(state: DenoiseState, velocities: Iterator[Tensor]) -> None:
+def _advance(
+    state: DenoiseState, velocities: Iterator[Tensor], caches: Iterator[TeaCacheState | None]
+) -> None:
     """Take this state's velocities (cond of all images, then uncond) and step its solver."""
     guided, count = state.guided, len(state.samples)
     cond = list(islice(velocities, count))
@@ -312,6 +359,13 @@ def _advance(state: DenoiseState, velocities: Iterator[Tensor]) -> None:
         state.sampler.step(sample, velocity)
         for sample, velocity in zip(state.samples, cond, strict=True)
     ]
-    state.steps_computed += 1
+    branches = [(image, kind) for kind in BRANCHES[: 1 + guided] for image in range(count)]
+    kept = dict(zip(branches, islice(caches, len(branches)), strict=True))
+    evaluated = [0] * count
+    for (image, _), cache in kept.items():
+        evaluated[image] += cache is None or cache.computed
+    if state.cache is not None:
+        state.cache.keep({branch: cache for branch, cache in kept.items() if cache is not None})
+    state.steps_computed += max(evaluated) > 0
     state.steps_cfg += guided
-    state.nfe += 1 + guided
+    state.nfe += max(evaluated)
