@@ -52,6 +52,7 @@ class DenoiseState:
         cond: refined context [L, d] of the prompt.
         uncond: refined context [L, d] of the negative prompt; None when no step is guided.
         samples: solver state of every image.
+        before: the same before the last step; empty before the first.
         tokens_per_image: image tokens of one image.
         cache: what its branches remember from step to step; None where every step computes.
         warnings: sentences for the user.
@@ -70,6 +71,7 @@ class DenoiseState:
     tokens_per_image: int
     cache: RequestCache | None = None
     warnings: list[str] = field(default_factory=list)
+    before: list[SamplerState] = field(default_factory=list)
     steps_computed: int = 0
     steps_cfg: int = 0
     nfe: int = 0
@@ -129,6 +131,34 @@ class DenoiseState:
         return len(self.samples) * sum(
             len(context) + self.tokens_per_image for context in self.contexts()
         )
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences its next step adds to the packed forward; 0 when finished."""
+        return 0 if self.finished else len(self.samples) * len(self.contexts())
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory it keeps between steps at the most: latents, contexts, its cache."""
+        tensors = [self.cond, *([] if self.uncond is None else [self.uncond])]
+        kept = sum(x.nbytes for x in tensors) + 3 * sum(x.nbytes for x in self.latents)
+        if self.cache is not None:  # a signal and a residual of every token
+            tokens = len(self.samples) * sum(len(x) + self.tokens_per_image for x in tensors)
+            kept += 2 * tokens * self.cond.shape[-1] * self.cond.element_size()
+        return kept
+
+    @property
+    def predicted(self) -> list[Tensor]:
+        """Clean latents [C, H, W] of every image as the last step foresaw them, float32.
+
+        Before the first step they are the noise itself.
+        """
+        if not self.before:
+            return self.latents
+        return [
+            self.sampler.predicted(old, new)
+            for old, new in zip(self.before, self.samples, strict=True)
+        ]
 
     def contexts(self) -> list[Tensor]:
         """Contexts of the branches the next step runs: cond, then uncond if it is guided."""
@@ -244,9 +274,15 @@ class Pipeline:
             _advance(state, velocities, kept)
 
     @torch.inference_mode()
-    def decode(self, states: Sequence[DenoiseState]) -> list[list[Image.Image]]:
-        """Pictures of the latents as they stand, per state; equal sizes share a VAE call."""
-        pixels = iter(self.vae.decode([x for state in states for x in state.latents]))
+    def decode(
+        self, states: Sequence[DenoiseState], *, tiled: bool = False
+    ) -> list[list[Image.Image]]:
+        """Pictures of the latents as they stand, per state; equal sizes share a VAE call.
+
+        With `tiled` the VAE works tile by tile whatever the size, in less memory.
+        """
+        latents = [x for state in states for x in state.latents]
+        pixels = iter(self.vae.decode(latents, tiled=tiled))
         return [[to_pil(p) for p in islice(pixels, len(state.samples))] for state in states]
 
     def generate(
@@ -355,6 +391,7 @@ def _advance(
     if guided:
         uncond = islice(velocities, count)
         cond = [state.guidance.combine(c, u) for c, u in zip(cond, uncond, strict=True)]
+    state.before = state.samples
     state.samples = [
         state.sampler.step(sample, velocity)
         for sample, velocity in zip(state.samples, cond, strict=True)

@@ -58,6 +58,14 @@ class FakeState:
         return {}
 
     @property
+    def held_bytes(self) -> int:
+        return 0
+
+    @property
+    def num_sequences(self) -> int:
+        return self.request.num_images
+
+    @property
     def num_tokens(self) -> int:
         if self.step_index == self.num_steps:
             return 0
@@ -104,7 +112,7 @@ class FakePipeline:
             state.steps_computed += 1
             state.nfe += 1
 
-    def decode(self, states) -> list[list[Image.Image]]:
+    def decode(self, states, *, tiled=False) -> list[list[Image.Image]]:
         if any(state.request.prompt == "blind" for state in states):
             raise RuntimeError("no picture")
         return [

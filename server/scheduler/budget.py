@@ -39,16 +39,18 @@ class StepCost:
 class MemoryCost:
     """Device memory of a packed forward, and the limit for it together with what requests hold.
 
-    A limit of 0 means that memory is not the device's concern.
+    Decoding happens between steps, so it and a step never need memory at the same time. A limit of
+    0 means that memory is not the device's concern.
     """
 
     fixed_bytes: float = 0.0
     token_bytes: float = 0.0
+    decode_bytes: float = 0.0
     limit_bytes: float = 0.0
 
     def step_bytes(self, load: StepLoad) -> float:
-        """Estimated bytes of the activations of one forward."""
-        return self.fixed_bytes + self.token_bytes * load.tokens
+        """Estimated peak of one forward, or of decoding if that needs more."""
+        return max(self.decode_bytes, self.fixed_bytes + self.token_bytes * load.tokens)
 
 
 class StepBudget:

@@ -125,6 +125,10 @@ class Scheduler:
                 del self._requests[key]
         return finished
 
+    def out_of_memory(self, tokens: int) -> None:
+        """A step of so many tokens met the end of memory: the next ones are smaller."""
+        self.budget.shrink(tokens)
+
     @property
     def held_bytes(self) -> int:
         """Device memory that the requests keep between steps."""

@@ -31,7 +31,8 @@ T = TypeVar("T")
 
 RETRY_S = (0.2, 2.0)
 BUSY_CLAIM_S = 0.05
-PROGRESS_S = 0.05
+LOOK_S = 0.05  # how soon a cancellation is heard of
+PROGRESS_S = 0.25  # how often the progress of one job is told
 AWAY_S = 10.0  # without an answer of the queue for so long, a worker is not ready
 STORE_S = 120.0  # a job that is being stored for longer hangs in the blob store
 
@@ -78,6 +79,8 @@ class Intake:
         self._store_s = store_s
         self._held: dict[str, Claim] = {}
         self._steps: dict[str, tuple[int, int]] = {}
+        self._told_at: dict[str, float] = {}
+        self._arrived: dict[str, float] = {}
         self._storing: dict[str, float] = {}
         self._looked_at = self._answered_at = time.monotonic()
         self._was_ready = True
@@ -126,6 +129,10 @@ class Intake:
     def report(self, key: str, step: int, total: int) -> None:
         """Say that `step` of `total` is done; only the latest of a claim is sent."""
         self._loop.call_soon_threadsafe(self._steps.__setitem__, key, (step, total))
+
+    def ask(self, act: Callable[[JobQueue], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Do something with the queue on its own thread, once; errors are in the future."""
+        return self._call(act(self._queue))
 
     def storing(self, claim: Claim) -> None:
         """Say that the engine is done with a claim: from here on the blob store has its time."""
@@ -205,6 +212,7 @@ class Intake:
                 now = self._looked_at = self._answered_at = time.monotonic()
                 for claim in claims:
                     self._held[claim.key] = claim
+                    self._arrived[claim.key] = now
                     self._news.put(Arrival(claim, now))
                 if claims:
                     return
@@ -261,15 +269,27 @@ class Intake:
             log.warning("queue away", doing="sign off", reason=error.detail)
 
     async def _report(self) -> None:
-        """Send the latest step of every job; the answer tells at once who was canceled."""
-        steps, self._steps = self._steps, {}
-        for key, (step, total) in steps.items():
-            claim = self._held.get(key)
-            if claim is not None:
-                state = await self._queue.progress(claim, step, total)
-                if state != "held":
-                    self._drop(claim, state)
-        await asyncio.sleep(PROGRESS_S)
+        """Tell the latest step of every job, not too often, and at once that of a doubtful one.
+
+        A job is doubtful when its record no longer shows the claim or its deadline has passed; the
+        answer then says who was canceled, so that it leaves the device at its next step.
+        """
+        claims = {key: self._held[key] for key in self._steps if key in self._held}
+        looks = await self._queue.look(list(claims.values()))
+        now = time.monotonic()
+        for (key, claim), held in zip(claims.items(), looks, strict=True):
+            early = now - self._told_at.get(key, 0.0) < PROGRESS_S
+            late = claim.left_ms is not None and now >= self._arrived[key] + claim.left_ms / 1000
+            if (held and early and not late) or key not in self._steps:
+                continue
+            self._told_at[key] = now
+            state = await self._queue.progress(claim, *self._steps.pop(key))
+            if state != "held":
+                self._drop(claim, state)
+        for known in (self._steps, self._told_at, self._arrived):
+            for key in known.keys() - self._held.keys():
+                known.pop(key, None)
+        await asyncio.sleep(LOOK_S)
 
     async def _settle(self, claim: Claim, act: Callable[[], Awaitable[bool]]) -> bool:
         """End a claim, retrying while Redis is away: the lease is renewed meanwhile."""

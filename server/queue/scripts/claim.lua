@@ -1,6 +1,7 @@
 -- ARGV: clock, worker, pool, max jobs, max cost, lease ms, idle ('1': the worker runs nothing),
 --   ttl and error of a job that missed its deadline
--- Gives {id, claim_no, attempts, tenant, solo, waited ms, cost, spec}, ...
+-- Gives {id, claim_no, attempts, tenant, solo, waited ms, cost, spec, priority,
+--   ms to its deadline or -1}, ...
 local worker, pool, room, lease_ms = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[6])
 local budget, idle = tonumber(ARGV[5]), ARGV[7] == '1'
 local ring, solo, drain = pool_key('ring', pool), pool_key('solo', pool), pool_key('drain', pool)
@@ -17,14 +18,15 @@ end
 local function take(id)
   local job = job_key(id)
   local f = redis.call('HMGET', job, 'tenant', 'solo', 'submitted_ms', 'cost', 'spec', 'priority',
-    'claim_no', 'attempts', 'started_ms')
+    'claim_no', 'attempts', 'started_ms', 'deadline_ms')
   local claim_no, attempts = f[7] + 1, f[8] + 1
   redis.call('HSET', job, 'status', 'running', 'worker', worker, 'step', 0, 'claim_no', claim_no,
     'attempts', attempts, 'started_ms', f[9] or now)
   leave_queue(id, pool, f[6], f[4])
   redis.call('ZADD', LEASE, now + lease_ms, id)
   announce(id, 'started', 'attempt', attempts)
-  claims[#claims + 1] = {id, claim_no, attempts, f[1], f[2], now - f[3], f[4], f[5]}
+  claims[#claims + 1] = {id, claim_no, attempts, f[1], f[2], now - f[3], f[4], f[5], f[6],
+    f[10] and f[10] - now or -1}
 end
 
 local function next_lone()
