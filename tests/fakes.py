@@ -75,13 +75,17 @@ class FakeState:
 class FakePipeline:
     """Counts steps and draws one colour from the seed. Prompts steer it:
 
-    `refuse` is a ValueError in prepare; `explode` raises in every step it takes part in; `kill`
-    kills its own process with SIGKILL in its second step, as a poison job does; `blind` cannot be
-    decoded.
+    `huge` runs out of memory whoever is beside it; so does any step or decoding of more than
+    `memory` tokens, the latter unless it is tiled. `refuse` is a ValueError in prepare; `explode`
+    raises in every step it takes part in; `kill` kills its own process with SIGKILL in its second
+    step, as a poison job does; `blind` cannot be decoded.
     """
 
-    def __init__(self, step_s: float = 0.0, num_steps: int = 4) -> None:
+    def __init__(
+        self, step_s: float = 0.0, num_steps: int = 4, memory: float = float("inf")
+    ) -> None:
         self.step_s = step_s
+        self.memory = memory
         self.num_steps = num_steps
         self.batches: list[list[str]] = []
 
@@ -102,6 +106,7 @@ class FakePipeline:
     def denoise_step(self, states) -> None:
         self.batches.append([state.request.prompt for state in states])
         time.sleep(self.step_s)
+        self._allocate(sum(state.num_tokens for state in states), states)
         for state in states:
             if state.request.prompt == "explode":
                 raise RuntimeError("a bug")
@@ -112,7 +117,13 @@ class FakePipeline:
             state.steps_computed += 1
             state.nfe += 1
 
+    def _allocate(self, tokens: float, states) -> None:
+        if tokens > self.memory or any(state.request.prompt == "huge" for state in states):
+            raise MemoryError(f"{tokens} tokens")
+
     def decode(self, states, *, tiled=False) -> list[list[Image.Image]]:
+        pixels = sum(s.request.num_images * s.request.width * s.request.height for s in states)
+        self._allocate(0 if tiled else pixels / 256, states)
         if any(state.request.prompt == "blind" for state in states):
             raise RuntimeError("no picture")
         return [

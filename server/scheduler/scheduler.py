@@ -14,6 +14,7 @@ from server.scheduler.policy import EarliestDue, Moment, Policy
 from server.scheduler.request import RunningRequest, State, StepLoad
 
 TYPICAL_MEMORY = 64  # the typical job is a mean over about so many
+CLAIM_AT_ONCE = 4  # so that workers share a burst, rather than the first taking it all
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,13 @@ class Scheduler:
         cost_ms = self.max_cost_ms - sum(map(self._left_ms, held))
         largest = max((request.load for request in held), default=StepLoad())
         if not held:
-            return Capacity(jobs=self.max_running, cost_ms=cost_ms, idle=True)
+            return Capacity(min(self.max_running, CLAIM_AT_ONCE), cost_ms, idle=True)
         room = self.max_running - len(held)
         if cost_ms <= 0 or not self.budget.has_room(largest, self.held_bytes):
             room = 0
-        return Capacity(jobs=max(0, room), cost_ms=max(0.0, cost_ms), idle=False)
+        return Capacity(
+            jobs=min(max(0, room), CLAIM_AT_ONCE), cost_ms=max(0.0, cost_ms), idle=False
+        )
 
     def _left_ms(self, request: RunningRequest) -> float:
         """What is left of a request in the queue's own prices."""

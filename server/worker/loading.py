@@ -1,24 +1,19 @@
-"""Loads a checkpoint for serving, warms it up, and says what it offers.
+"""Loads a checkpoint for serving, and says what it offers.
 
 Torch is imported when a checkpoint is loaded, not before: it takes seconds, and a worker that is
 told to stop meanwhile should not have to wait for it.
 """
 
-import dataclasses
 import hashlib
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.request import GenerationRequest
 from server.protocol import ModelInfo
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
     from server.worker.engine import StepPipeline
-
-WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -94,17 +89,3 @@ def checkpoint_hash(folder: Path) -> str:
         if path.is_file() and not path.name.startswith("."):
             digest.update(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n".encode())
     return digest.hexdigest()
-
-
-def warm_up(model: LoadedModel) -> ModelInfo:
-    """Draw one picture of the default size and few steps; returns the offer with the step cost."""
-    pipeline = model.pipeline
-    request = GenerationRequest(prompt="warm-up", seed=0, num_inference_steps=WARM_UP_STEPS)
-    state = pipeline.prepare(request)
-    step_s = 0.0
-    while state.step_index < state.num_steps:
-        started = time.monotonic()
-        pipeline.denoise_step([state])
-        step_s = time.monotonic() - started  # the last one: the first pays for caches
-    pipeline.decode([state])
-    return dataclasses.replace(model.info, step_cost_ms=round(step_s * 1000, 3))

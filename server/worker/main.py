@@ -1,6 +1,7 @@
 """The worker process: the loop around the engine, signals, and the orderly end."""
 
 import concurrent.futures
+import dataclasses
 import os
 import secrets
 import signal
@@ -18,12 +19,14 @@ from server.log import configure_logging
 from server.protocol import DEFAULT_POOL
 from server.queue.blobs import BlobStore
 from server.queue.jobs import Claim, open_queue
+from server.scheduler.budget import StepBudget
 from server.scheduler.scheduler import Capacity, Scheduler, StepBatch
 from server.worker.engine import Decoded, Engine, Failure
 from server.worker.intake import Arrival, Intake
-from server.worker.loading import LoadedModel, load_model, warm_up
+from server.worker.loading import LoadedModel, load_model
 from server.worker.output import Output
 from server.worker.pulse import Pulse
+from server.worker.warmup import compiled_graphs, warm_up
 
 log = structlog.get_logger(__name__)
 
@@ -47,6 +50,8 @@ class Worker:
         self.pulse = pulse
         self.stopping = False
         self._step_s = 0.0
+        self.num_recompiles = 0
+        self._graphs = compiled_graphs()  # of the warm-up; any more are too many
 
     def run(self, drain_s: float) -> None:
         """Serve until `stopping` is set, then finish what fits into `drain_s` and hand back."""
@@ -94,11 +99,19 @@ class Worker:
         failures = self.engine.step(batch)
         if batch.keys:
             self._step_s = time.monotonic() - started
+            self._count_recompiles()
         failed = {failure.claim.key for failure in failures}
         for key in batch.keys:
             if key not in failed:
                 self.intake.report(key, *self.engine.progress(key))
         return failures
+
+    def _count_recompiles(self) -> None:
+        """Notice what the warm-up should have compiled: it stops everybody for seconds."""
+        more = compiled_graphs() - self._graphs - self.num_recompiles
+        if more:
+            self.num_recompiles += more
+            log.warning("recompiled after warm-up", graphs=more, step_s=round(self._step_s, 3))
 
     def _hand_over(self, decoded: Sequence[Decoded], failures: Sequence[Failure]) -> None:
         for each in decoded:
@@ -169,8 +182,9 @@ def run_worker(
     try:
         model = load(model_dir, settings.precision)
         pulse = Pulse()
-        info = warm_up(model)  # refuses what no part alone can see, such as an impossible default
-        pulse.beat()  # the warm-up is the first stage by which later ones are judged
+        # Refuses what no part alone can see, such as an impossible default. Its stages are the
+        # first by which later ones are judged.
+        warm = warm_up(model, settings.warmup, pulse.beat)
     except (ValueError, OSError) as error:
         _say_once(f"lumina worker: {_one_line(error)}", token_fd)
         return MISUSE
@@ -179,12 +193,21 @@ def run_worker(
         what = f"{type(error).__name__}: {_one_line(error)}"
         print(f"lumina worker: loading failed: {what}", file=sys.stderr, flush=True)
         return LOAD_FAULT
+    info = warm.info
     load_s = round(time.monotonic() - started, 2)
     log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s, **model.arithmetic)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
+    log.info(
+        "warmed up", cost=dataclasses.asdict(warm.cost), memory=dataclasses.asdict(warm.memory)
+    )
+    scheduler = Scheduler(
+        max_running=settings.max_running,
+        max_step_tokens=settings.max_step_tokens,
+        budget=StepBudget(settings.max_step_tokens, warm.cost, warm.memory),
+    )
     worker = Worker(
-        Scheduler(max_running=settings.max_running, max_step_tokens=settings.max_step_tokens),
-        Engine(model.pipeline, pulse.beat),
+        scheduler,
+        Engine(model.pipeline, pulse.beat, scheduler.out_of_memory),
         intake,
         Output(intake, BlobStore(settings.blob_store_url), info.name, info.hash),
         pulse,

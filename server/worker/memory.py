@@ -1,11 +1,14 @@
-"""Device memory: what an out-of-memory error is, and how much of it work needs, by measurement."""
+"""Device memory: what an out-of-memory error is, and how much of it work needs, by measurement.
+
+Torch is used where it is loaded already, never imported first: see `server/worker/loading.py`.
+"""
 
 import gc
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from server.scheduler.budget import MemoryCost
 
@@ -15,7 +18,8 @@ MARGIN = 1.1  # on measured needs
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory has run out, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch and isinstance(error, torch.OutOfMemoryError)):
         return True
     # The CPU allocator has no exception class of its own.
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
@@ -24,7 +28,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory() -> None:
     """Give back what failed work left behind, so that a smaller attempt has all there is."""
     gc.collect()
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
@@ -32,20 +37,24 @@ class PeakMemory:
     """The device memory a piece of work needs beyond what is taken before it.
 
     On the host it is the peak of the resident set as Linux counts it; elsewhere 0.
+
+    Args:
+        device: a `torch.device`; None for the host.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: Any = None) -> None:
         self._device = device
+        self._cuda = sys.modules["torch"].cuda if device and device.type == "cuda" else None
 
     def of(self, work: Callable[[], object]) -> int:
         """Do the work; returns its peak in bytes."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.reset_peak_memory_stats(self._device)
-            before = torch.cuda.memory_allocated(self._device)
+        if self._cuda:
+            self._cuda.synchronize(self._device)
+            self._cuda.reset_peak_memory_stats(self._device)
+            allocated = self._cuda.memory_allocated(self._device)
             work()
-            torch.cuda.synchronize(self._device)
-            return torch.cuda.max_memory_allocated(self._device) - before
+            self._cuda.synchronize(self._device)
+            return int(self._cuda.max_memory_allocated(self._device) - allocated)
         _reset_host_peak()
         before = _host_bytes("VmRSS")
         work()
@@ -53,10 +62,10 @@ class PeakMemory:
 
     def free_bytes(self) -> int:
         """Bytes that are neither used nor promised; 0 where that is unknown."""
-        if self._device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._device)
-            cached = torch.cuda.memory_reserved(self._device)
-            return int(free + cached - torch.cuda.memory_allocated(self._device))
+        if self._cuda:
+            free, _ = self._cuda.mem_get_info(self._device)
+            cached = self._cuda.memory_reserved(self._device)
+            return int(free + cached - self._cuda.memory_allocated(self._device))
         return _host_free_bytes()
 
 

@@ -90,6 +90,10 @@ def test_room_shrinks_with_what_is_held():
     assert s.free_capacity().jobs == 0
 
 
+def test_a_burst_is_left_to_other_workers_too():
+    assert scheduler(max_running=64).free_capacity().jobs == 4
+
+
 def test_nothing_is_claimed_beside_a_solo_job():
     s = scheduler()
     s.add(request("poison", solo=True))

@@ -43,6 +43,54 @@ def test_room_is_filled_once_and_the_last_words_get_through(redis_url):
     assert [(r.status, r.attempts) for r in records] == [("queued", 0)] * 2
 
 
+def test_progress_is_told_four_times_a_second_and_a_cancellation_heard_at_once(redis_url):
+    class Counting(JobQueue):
+        told = 0
+
+        async def progress(self, claim, step, total):
+            Counting.told += 1
+            return await super().progress(claim, step, total)
+
+    caller = Caller(redis_url)
+    job_id = caller.submit()
+    intake = Intake(lambda: Counting(connect(redis_url)), "w1", POOL, Pulse())
+    intake.start(FAKE_INFO)
+    try:
+        (arrival,) = wait_until(lambda: intake.poll(ROOM_FOR_TWO).arrivals)
+        key, started, step = arrival.claim.key, time.monotonic(), 0
+        while time.monotonic() < started + 1.2:
+            step += 1
+            intake.report(key, step, 1000)
+            time.sleep(0.005)
+        took_s = time.monotonic() - started
+        assert 2 <= Counting.told <= 4 * took_s + 1
+        assert 0 < caller.get(job_id).step <= step
+        caller.cancel(job_id)
+        canceled = time.monotonic()
+        intake.report(key, step + 1, 1000)
+        assert wait_until(lambda: intake.poll(FULL).dropped, 5.0) == [key]
+        assert time.monotonic() - canceled < 2.0  # a heartbeat would have taken up to 5 s
+    finally:
+        intake.stop(3.0)
+
+
+def test_a_passed_deadline_ends_the_claim_at_its_next_step(redis_url):
+    caller = Caller(redis_url)
+    job_id = caller.submit_until(0.6)
+    intake = Intake(lambda: JobQueue(connect(redis_url)), "w1", POOL, Pulse())
+    intake.start(FAKE_INFO)
+    try:
+        (arrival,) = wait_until(lambda: intake.poll(ROOM_FOR_TWO).arrivals)
+        assert 0 < arrival.claim.left_ms <= 600
+        key = arrival.claim.key
+        intake.report(key, 1, 1000)
+        dropped = wait_until(lambda: intake.report(key, 2, 1000) or intake.poll(FULL).dropped, 5.0)
+        assert dropped == [key]
+        assert caller.get(job_id).status == "expired"
+    finally:
+        intake.stop(3.0)
+
+
 def test_a_draining_worker_signs_off_at_once_and_keeps_its_leases(redis_url):
     caller = Caller(redis_url)
     job_id = caller.submit()

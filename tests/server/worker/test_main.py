@@ -50,6 +50,10 @@ class Caller:
         spec = JobSpec(prompt=prompt, seed=5, **fields)
         return self._run(lambda queue: queue.submit(new_job_id(), spec)).id
 
+    def submit_until(self, deadline_s):
+        spec = JobSpec(prompt="a", seed=5)
+        return self._run(lambda queue: queue.submit(new_job_id(), spec, cost_ms=1, deadline_s=deadline_s)).id
+
     def get(self, job_id):
         return self._run(lambda queue: queue.get(job_id))
 
