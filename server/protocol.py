@@ -96,7 +96,8 @@ class _Message:
 class JobSpec(_Message):
     """What to draw. None means: the preset, then the checkpoint, decides. The seed is always set.
 
-    The fields that concern the picture are named as in `model.GenerationRequest`.
+    The fields that concern the picture are named as in `model.GenerationRequest`. `partial_images`
+    is how many unfinished pictures the caller wants to see of each.
     """
 
     prompt: str
@@ -122,6 +123,7 @@ class JobSpec(_Message):
     cfg_renorm_scale: float | None = None
     cache: str | float | None = None
     preset: str | None = None
+    partial_images: int = 0
     output_format: OutputFormat = "png"
     quality: int | None = None
     metadata: dict[str, Any] | None = None

@@ -161,7 +161,7 @@ class Replay:
     trace: Sequence[TraceJob]
     policy: Policy
     device: Device = H200
-    max_running: int = 64
+    max_running: int = 32
     max_cost_ms: float = 60_000.0
     now: float = 0.0
     busy_s: float = 0.0

@@ -62,6 +62,10 @@ class RequestState(Protocol):
         """Sequences of the next step."""
 
     @property
+    def predicted(self) -> Sequence[Any]:
+        """Clean latents of every image as the last step foresaw them."""
+
+    @property
     def held_bytes(self) -> int:
         """Device memory it keeps between steps."""
 
@@ -210,6 +214,10 @@ class Engine:
             self._jobs.pop(key, None)
         self._beat()
         return [each for some in decoded for each in some], failures
+
+    def job(self, key: str) -> ActiveJob:
+        """A running request."""
+        return self._jobs[key]
 
     def progress(self, key: str) -> tuple[int, int]:
         """Steps done and steps in all of a running request."""

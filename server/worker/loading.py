@@ -14,6 +14,7 @@ from server.protocol import ModelInfo
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
     from server.worker.engine import StepPipeline
+    from server.worker.preview import Painter
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class LoadedModel:
     Attributes:
         pipeline: the model.
         info: its offer.
+        painter: draws unfinished latents, for previews.
         arithmetic: precision and attention backend, for logs and `lumina inspect`.
     """
 
     pipeline: "StepPipeline"
     info: ModelInfo
+    painter: "Painter | None" = None
     arithmetic: dict[str, str] = field(default_factory=dict)
 
 
@@ -44,6 +47,7 @@ def load_model(folder: Path, precision: str = "auto") -> LoadedModel:
 
     from model import load_pipeline
     from model.precision import default_precision
+    from model.preview import LatentPainter
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
@@ -51,7 +55,8 @@ def load_model(folder: Path, precision: str = "auto") -> LoadedModel:
     pipeline = load_pipeline(folder, device=device, precision=precision)
     dit = pipeline.dit
     arithmetic = {"device": device, "precision": dit.precision, "attention": dit.attention.name}
-    return LoadedModel(pipeline, describe(pipeline, folder), arithmetic)
+    painter = LatentPainter(pipeline.vae)
+    return LoadedModel(pipeline, describe(pipeline, folder), painter, arithmetic)
 
 
 def describe(pipeline: "Pipeline", folder: Path) -> ModelInfo:

@@ -25,6 +25,7 @@ from server.worker.engine import Decoded, Engine, Failure
 from server.worker.intake import Arrival, Intake
 from server.worker.loading import LoadedModel, load_model
 from server.worker.output import Output
+from server.worker.preview import Painter, Previews
 from server.worker.pulse import Pulse
 from server.worker.warmup import compiled_graphs, warm_up
 
@@ -41,13 +42,20 @@ class Worker:
     """The engine's loop: every turn advances all running requests by one denoising step."""
 
     def __init__(
-        self, scheduler: Scheduler, engine: Engine, intake: Intake, output: Output, pulse: Pulse
+        self,
+        scheduler: Scheduler,
+        engine: Engine,
+        intake: Intake,
+        output: Output,
+        pulse: Pulse,
+        painter: Painter | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
         self.intake = intake
         self.output = output
         self.pulse = pulse
+        self.previews = Previews(intake, painter)
         self.stopping = False
         self._step_s = 0.0
         self.num_recompiles = 0
@@ -104,6 +112,7 @@ class Worker:
         for key in batch.keys:
             if key not in failed:
                 self.intake.report(key, *self.engine.progress(key))
+                self.previews.step_done(self.engine.job(key))
         return failures
 
     def _count_recompiles(self) -> None:
@@ -127,6 +136,7 @@ class Worker:
         released = [self._release(claim) for claim in self._too_long(deadline)]
         while (len(self.scheduler) or self.output.pending) and time.monotonic() < deadline:
             self.turn()
+        self.previews.stop()
         self.turn_away()
         released += [self._release(claim) for claim in self.engine.claims()]
         released += [self.intake.release(claim) for claim in self.output.stop()]
@@ -211,6 +221,7 @@ def run_worker(
         intake,
         Output(intake, BlobStore(settings.blob_store_url), info.name, info.hash),
         pulse,
+        model.painter,
     )
     _stop_on_signals(worker)
     intake.start(info)

@@ -52,7 +52,9 @@ class Caller:
 
     def submit_until(self, deadline_s):
         spec = JobSpec(prompt="a", seed=5)
-        return self._run(lambda queue: queue.submit(new_job_id(), spec, cost_ms=1, deadline_s=deadline_s)).id
+        return self._run(
+            lambda queue: queue.submit(new_job_id(), spec, cost_ms=1, deadline_s=deadline_s)
+        ).id
 
     def get(self, job_id):
         return self._run(lambda queue: queue.get(job_id))
