@@ -58,6 +58,10 @@ class FakeState:
         return {}
 
     @property
+    def predicted(self) -> list[int]:
+        return [self.step_index] * self.request.num_images
+
+    @property
     def held_bytes(self) -> int:
         return 0
 

@@ -83,7 +83,9 @@ def blobs(tmp_path):
 
 
 @contextlib.contextmanager
-def worker_thread(url, blobs, pipeline, *, name="w1", drain_s=5.0, pulse=None, **options):
+def worker_thread(
+    url, blobs, pipeline, *, name="w1", drain_s=5.0, pulse=None, painter=None, **options
+):
     """A worker in this process; `options` are the queue's."""
     pulse = pulse or Pulse()
     intake = Intake(lambda: JobQueue(connect(url), **options), name, POOL, pulse)
@@ -93,6 +95,7 @@ def worker_thread(url, blobs, pipeline, *, name="w1", drain_s=5.0, pulse=None, *
         intake,
         Output(intake, blobs, "fake", FAKE_INFO.hash),
         pulse,
+        painter,
     )
     intake.start(FAKE_INFO)
     thread = threading.Thread(target=worker.run, args=(drain_s,))
