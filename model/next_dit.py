@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import checkpoint
+from model.adapters import Adapted, Adapters, Linear, adapter_order
 from model.attention import Backend, choose_backend
 from model.config import NextDiTConfig
 from model.layers import Block, CaptionEmbedder, FinalLayer, TimestepEmbedder
@@ -38,7 +39,7 @@ class NextDiT(nn.Module):
         super().__init__()
         self.config = config
         self.residual_dtype: torch.dtype | None = None
-        self.x_embedder = nn.Linear(config.patch_dim, config.hidden_size)
+        self.x_embedder = Linear(config.patch_dim, config.hidden_size)
         self.time_embedder = TimestepEmbedder(config.modulation_dim)
         self.caption_embedder = CaptionEmbedder(config)
         refiners = range(config.num_refiner_layers)
@@ -49,6 +50,9 @@ class NextDiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         self.rotary = RotaryTables(config)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.name = name
         self.initialize_weights()
 
     @property
@@ -79,7 +83,11 @@ class NextDiT(nn.Module):
         return choose_backend(device, dtype, self.config.head_dim)
 
     def forward(
-        self, latents: Sequence[Tensor], timesteps: Tensor, prompt_embeds: Sequence[Tensor]
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        prompt_embeds: Sequence[Tensor],
+        adapters: Sequence[Adapters] | None = None,
     ) -> list[Tensor]:
         """Velocity of every sample.
 
@@ -87,6 +95,7 @@ class NextDiT(nn.Module):
             latents: n tensors ``[C, H_i, W_i]``, sides multiples of the patch size.
             timesteps: ``[n]`` in [0, 1], 0 = noise.
             prompt_embeds: n tensors ``[L_i, cap_feat_dim]``, valid tokens only.
+            adapters: the LoRAs of each sample; None: none anywhere. Inference only.
 
         Returns:
             n tensors ``[C, H_i, W_i]``.
@@ -94,14 +103,17 @@ class NextDiT(nn.Module):
         Raises:
             ValueError: when shapes do not fit the model.
         """
-        contexts = self.encode_context(prompt_embeds)
-        return self.head(self.blocks(self.embed(latents, timesteps, contexts)))
+        contexts = self.encode_context(prompt_embeds, adapters)
+        return self.head(self.blocks(self.embed(latents, timesteps, contexts, adapters)))
 
-    def encode_context(self, prompt_embeds: Sequence[Tensor]) -> list[Tensor]:
+    def encode_context(
+        self, prompt_embeds: Sequence[Tensor], adapters: Sequence[Adapters] | None = None
+    ) -> list[Tensor]:
         """Embed and refine captions; independent of time, so once per request and branch.
 
         Args:
             prompt_embeds: tensors ``[L_i, cap_feat_dim]``.
+            adapters: the LoRAs of each; a context is one request's, so it carries them.
 
         Returns:
             tensors ``[L_i, d]``.
@@ -116,43 +128,54 @@ class NextDiT(nn.Module):
                 )
         lengths = [features.shape[0] for features in prompt_embeds]
         attend = self.attention.plan(Layout.of(lengths, self.device))
+        adapted = Adapted.of(adapters or [()] * len(lengths), lengths)
         tables = [self.rotary.caption(length, self.device) for length in lengths]
         cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
-        hidden = self.caption_embedder(torch.cat(list(prompt_embeds)).to(self.device, self.dtype))
+        features = torch.cat(list(prompt_embeds)).to(self.device, self.dtype)
+        hidden = self.caption_embedder(features, adapted.tokens)
         for block in self.context_refiner:
-            hidden = block(hidden, attend, cos, sin)
+            hidden = block(hidden, attend, cos, sin, adapted=adapted)
         return list(hidden.split(lengths))
 
     def embed(
-        self, latents: Sequence[Tensor], timesteps: Tensor, contexts: Sequence[Tensor]
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        contexts: Sequence[Tensor],
+        adapters: Sequence[Adapters] | None = None,
     ) -> PackedSequences:
         """Patchify, refine the noisy image tokens and pack them behind their captions.
 
         Args:
             latents: n tensors ``[C, H_i, W_i]``.
             timesteps: ``[n]`` in [0, 1].
-            contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`.
+            contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`, with the same adapters.
+            adapters: the LoRAs of each sample; None: none anywhere.
         """
         self._check_batch(latents, timesteps, contexts)
         p = self.config.patch_size
+        own = adapters or [()] * len(latents)
         order = sorted(
-            range(len(latents)), key=lambda i: (*latents[i].shape[1:], contexts[i].shape[0])
+            range(len(latents)),
+            key=lambda i: (adapter_order(own[i]), *latents[i].shape[1:], len(contexts[i])),
         )
+        own = [own[i] for i in order]
         latents = [latents[i] for i in order]
         contexts = [contexts[i] for i in order]
         grids = [(x.shape[1] // p, x.shape[2] // p) for x in latents]
         places = upload(torch.tensor(order, device="cpu"), self.device)
         timesteps = upload(timesteps, self.device)[places]
-        time_embedding = F.silu(self.time_embedder(timesteps))
-
         image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
+        adapted = Adapted.of(own, lengths)
+        time_embedding = F.silu(self.time_embedder(timesteps, adapted.sequences))
+
         image_layout = Layout.of(lengths, self.device)
         image_index = image_layout.sequence_index()
         attend = self.attention.plan(image_layout)
-        image = self.x_embedder(self._patchify(latents))
+        image = self.x_embedder(self._patchify(latents), adapted.tokens)
         cos, sin = torch.cat(image_cos), torch.cat(image_sin)
         for block in self.noise_refiner:
-            image = block(image, attend, cos, sin, time_embedding, image_index)
+            image = block(image, attend, cos, sin, time_embedding, image_index, adapted)
 
         caption_tables = [self.rotary.caption(c.shape[0], self.device) for c in contexts]
         layout = Layout.of(
@@ -169,11 +192,12 @@ class NextDiT(nn.Module):
             sequence_index=layout.sequence_index(),
             grids=tuple(grids),
             order=tuple(order),
+            adapters=tuple(own),
         )
 
     def blocks(self, packed: PackedSequences) -> PackedSequences:
         """Run the joint blocks over captions and images together."""
-        hidden = packed.hidden
+        hidden, adapted = packed.hidden, packed.adapted
         for block in self.layers:
             hidden = block(
                 hidden,
@@ -182,12 +206,15 @@ class NextDiT(nn.Module):
                 packed.sin,
                 packed.time_embedding,
                 packed.sequence_index,
+                adapted,
             )
         return replace(packed, hidden=hidden)
 
     def head(self, packed: PackedSequences) -> list[Tensor]:
         """Project image tokens back to velocities ``[C, H_i, W_i]``, in the caller's order."""
-        tokens = self.final_layer(packed.hidden, packed.time_embedding, packed.sequence_index)
+        tokens = self.final_layer(
+            packed.hidden, packed.time_embedding, packed.sequence_index, packed.adapted
+        )
         velocities: list[Tensor | None] = [None] * len(packed.order)
         sequences = tokens.split(packed.layout.lengths)
         for place, sequence, grid in zip(packed.order, sequences, packed.grids, strict=True):
