@@ -106,7 +106,7 @@ class LoraFile:
         downs: list[Tensor] = []
         ups: list[tuple[Pair, int]] = []  # and the first of its numbers among all
         for pair in pairs:
-            down = self.weights.read(pair.a).to(device, torch.float32, copy=True)
+            down = self._read(pair.a).to(device, torch.float32, copy=True)
             known = [i for i, other in enumerate(downs) if torch.equal(down, other)]
             before = downs[: known[0]] if known else downs
             ups.append((pair, sum(len(other) for other in before)))
@@ -115,9 +115,15 @@ class LoraFile:
         a = torch.cat(downs)
         b = torch.zeros(pairs[0].place.rows, len(a), device=device)
         for pair, first in ups:
-            up = self.weights.read(pair.b).to(device, torch.float32)
+            up = self._read(pair.b).to(device, torch.float32)
             b[pair.place.start : pair.place.stop, first : first + pair.rank] = up * pair.scale
         return LowRank(a.to(dtype), b.to(dtype))
+
+    def _read(self, key: str) -> Tensor:
+        tensor = self.weights.read(key)
+        if tuple(tensor.shape) != self.weights.stored[key].shape:
+            raise CheckpointError(f"{self.weights.name}: has changed since it was opened")
+        return tensor
 
     def load(self, name: str, *, device: str | torch.device, dtype: torch.dtype) -> Lora:
         """All of it, for use under this name."""

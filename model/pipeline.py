@@ -18,9 +18,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.adapters import Adapters
 from model.flow import timestep_from_sigma
 from model.generation_config import GenerationConfig
 from model.guidance import Guidance
+from model.lora_registry import LoraRegistry, chosen_adapters
 from model.next_dit import NextDiT
 from model.packing import upload
 from model.request import GenerationRequest, ResolvedRequest
@@ -42,6 +44,7 @@ class DenoiseState:
         uncond: refined context [L, d] of the negative prompt; None when no step is guided.
         samples: solver state of every image.
         tokens_per_image: image tokens of one image.
+        adapters: its LoRAs, on both branches.
         warnings: sentences for the user.
         steps_computed: steps done so far.
         steps_cfg: of these, steps that ran both branches.
@@ -55,6 +58,7 @@ class DenoiseState:
     uncond: Tensor | None
     samples: list[SamplerState]
     tokens_per_image: int
+    adapters: Adapters = ()
     warnings: list[str] = field(default_factory=list)
     steps_computed: int = 0
     steps_cfg: int = 0
@@ -114,7 +118,7 @@ class DenoiseState:
 
 
 class Pipeline:
-    """Network, text encoder and VAE of one checkpoint, on one device."""
+    """Network, text encoder and VAE of one checkpoint, on one device, and LoRAs for requests."""
 
     def __init__(
         self,
@@ -123,11 +127,13 @@ class Pipeline:
         vae: VAE,
         text_encoder: TextEncoder,
         generation_config: GenerationConfig,
+        loras: LoraRegistry | None = None,
     ) -> None:
         self.dit = dit
         self.vae = vae
         self.text_encoder = text_encoder
         self.generation_config = generation_config
+        self.loras = loras
 
     @property
     def device(self) -> torch.device:
@@ -155,23 +161,25 @@ class Pipeline:
             shift=resolved.shift,
             sigmas=resolved.sigmas,
         )
+        adapters = chosen_adapters(self.loras, resolved.loras or ())
         prompt, negative = _texts(resolved)
         state = DenoiseState(
             request=resolved,
             sampler=sampler,
             guidance=_guidance(resolved),
-            cond=self._context(prompt),
+            cond=self._context(prompt, adapters),
             uncond=None,
             samples=[
                 sampler.start(self._noise(resolved.seed + k, height, width))
                 for k in range(resolved.num_images)
             ],
             tokens_per_image=height * width // self.dit.config.patch_size**2,
+            adapters=adapters,
             warnings=self._warnings(resolved),
         )
         # Both truncation rules only ever switch guidance off: the first step speaks for all.
         if state.guided:
-            state.uncond = self._context(negative)
+            state.uncond = self._context(negative, adapters)
         return state
 
     @torch.inference_mode()
@@ -184,16 +192,18 @@ class Pipeline:
         latents: list[Tensor] = []
         timesteps: list[float] = []
         contexts: list[Tensor] = []
+        adapters: list[Adapters] = []
         for state in states:
             for context in state.contexts():
                 for sample in state.samples:
                     latents.append(state.sampler.evaluation_point(sample))
                     timesteps.append(state.timestep)
                     contexts.append(context)
+                    adapters.append(state.adapters)
         if not latents:
             return
         times = upload(torch.tensor(timesteps, dtype=torch.float32), self.device)
-        packed = self.dit.blocks(self.dit.embed(latents, times, contexts))
+        packed = self.dit.blocks(self.dit.embed(latents, times, contexts, adapters))
         velocities = iter(self.dit.head(packed))
         for state in states:
             _advance(state, velocities)
@@ -243,9 +253,9 @@ class Pipeline:
                 )
         return request.height // self.vae.downscale, request.width // self.vae.downscale
 
-    def _context(self, text: str) -> Tensor:
+    def _context(self, text: str, adapters: Adapters) -> Tensor:
         # One text at a time, so that its rounding cannot depend on its neighbours.
-        return self.dit.encode_context(self.text_encoder.encode([text]))[0]
+        return self.dit.encode_context(self.text_encoder.encode([text]), [adapters])[0]
 
     def _noise(self, seed: int, height: int, width: int) -> Tensor:
         """Start latents [C, H, W], float32, drawn on the CPU: the same on every device."""
