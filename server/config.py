@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "bf16", "mixed"] = "auto"
     """What a worker computes in; auto: mixed on a GPU, fp32 on a CPU."""
 
+    lora_dir: Path | None = None
+    """Folder of LoRA files that requests may name."""
+
     @property
     def blob_store_url(self) -> str:
         """The fsspec URL of the blob store, with the data directory filled in."""
