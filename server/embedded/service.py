@@ -93,12 +93,12 @@ def run_service(
             _forget_workers(redis_url)
         service = _Service(
             _environment(settings, redis_url),
-            ["--model", str(model_dir), *worker_options],
             model_dir,
             workers,
             host,
             port,
             insecure,
+            worker_options,
         )
         stack.callback(service.stop, settings.drain_s, signals)
         stack.callback(service.close)
@@ -131,12 +131,12 @@ class _Service:
     def __init__(
         self,
         env: dict[str, str],
-        worker_options: Sequence[str],
         model_dir: Path,
         workers: int | None,
         host: str,
         port: int,
         insecure: bool,
+        worker_options: Sequence[str] = (),
     ) -> None:
         self._env = env
         self._worker_options = worker_options
@@ -248,7 +248,8 @@ class _Service:
         else:
             cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
             env.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
-        argv = ["worker", *self._worker_options, "--token-fd", str(self._token)]
+        argv = ["worker", "--model", str(self._model_dir), "--token-fd", str(self._token)]
+        argv += self._worker_options
         return spawn([sys.executable, "-m", "server.cli", *argv], env, pass_fds=[self._token])
 
 
