@@ -100,6 +100,16 @@ def test_joining_late_changes_nothing(styled):
         assert max_difference(image, other) <= 1
 
 
+@pytest.mark.parametrize("precision", ["bf16", "mixed"])
+def test_every_precision_gives_about_the_same_picture(styled, tiny_folder, lora_dir, precision):
+    low = load_pipeline(tiny_folder, precision=precision, lora_dir=lora_dir)
+    wanted = (lora("ink", 0.5), lora("wool", -0.5))
+    expected = draw(styled, *wanted)
+    assert psnr(draw(low, *wanted), expected) > 30 > psnr(draw(low), expected) + 10
+    state = low.prepare(request(*wanted))
+    assert state.adapters[0].lora.layers["x_embedder"].a.dtype == torch.bfloat16
+
+
 def test_requests_without_loras_are_as_if_there_were_none(styled, pipeline):
     plain = draw(pipeline)
     assert draw(styled).tobytes() == plain.tobytes()
