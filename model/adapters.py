@@ -11,8 +11,8 @@ Shapes: r = rank, T = rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
+from itertools import count, groupby
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -25,6 +25,9 @@ class LowRank(NamedTuple):
     b: Tensor  # [out, r]
 
 
+_numbers = count()
+
+
 @dataclass(frozen=True, eq=False)
 class Lora:
     """A LoRA on its device.
@@ -32,10 +35,17 @@ class Lora:
     Attributes:
         name: as requests call it.
         layers: the change of every linear layer that it adapts, by the layer's name in the network.
+        number: of no other in this process; it may stand for the LoRA without keeping it alive.
     """
 
     name: str
     layers: Mapping[str, LowRank]
+    number: int = field(default_factory=lambda: next(_numbers), init=False)
+
+    @property
+    def modulates(self) -> bool:
+        """Whether it changes what becomes of a timestep."""
+        return any(layer.startswith("time") or "modulation" in layer for layer in self.layers)
 
     @property
     def num_bytes(self) -> int:
@@ -67,6 +77,11 @@ Spans = tuple[Span, ...]
 def adapter_order(adapters: Adapters) -> tuple[tuple[str, float], ...]:
     """Sorts sequences with equal adapters together, those without any first."""
     return tuple((adapter.lora.name, adapter.scale) for adapter in adapters)
+
+
+def modulating(adapters: Adapters) -> tuple[tuple[int, float], ...]:
+    """Stands for those adapters that change what becomes of a timestep."""
+    return tuple((lora.number, scale) for lora, scale in adapters if lora.modulates)
 
 
 def spans_of(adapters: Sequence[Adapters], lengths: Sequence[int]) -> Spans:

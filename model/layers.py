@@ -19,6 +19,10 @@ from model.config import FREQUENCY_DIM, NextDiTConfig
 QK_NORM_EPS = 1e-5  # fixed, whatever norm_eps says: diffusers and the released weights agree on it
 FINAL_NORM_EPS = 1e-6
 
+# Norm weights of a modulated block by timestep, [n, 2d] each: two with scales folded in, two with
+# gates.
+Folded = tuple[Tensor, Tensor]
+
 
 class RMSNorm(nn.Module):
     """RMSNorm with weight; a call may pass a weight per token in its place."""
@@ -93,6 +97,7 @@ class Block(nn.Module):
         sin: Tensor,
         time_embedding: Tensor | None = None,
         sequence_index: Tensor | None = None,
+        folded: Folded | None = None,
         adapted: Adapted = UNADAPTED,
     ) -> Tensor:
         """``[T, d]`` to ``[T, d]``.
@@ -103,7 +108,8 @@ class Block(nn.Module):
             cos: ``[T, head_dim / 2]`` fp32.
             sin: ``[T, head_dim / 2]`` fp32.
             time_embedding: ``[n, e]`` after SiLU; modulated blocks only.
-            sequence_index: ``[T]``; modulated blocks only.
+            sequence_index: ``[T]``, the row of each token's time embedding or folded weights.
+            folded: what :meth:`fold` made of the time embedding, where it is known.
             adapted: LoRAs of the T tokens and n sequences.
         """
         spans = adapted.tokens
@@ -112,10 +118,12 @@ class Block(nn.Module):
             x = x + self.attention_norm2(attended)
             refined: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x), spans))
             return refined
-        assert time_embedding is not None
         assert sequence_index is not None
-        scaled_1, scaled_2, gated_1, gated_2 = self._modulated_weights(
-            time_embedding, sequence_index, x.dtype, adapted.sequences
+        if folded is None:
+            assert time_embedding is not None
+            folded = self.fold(time_embedding, x.dtype, adapted.sequences)
+        scaled_1, scaled_2, gated_1, gated_2 = (
+            part for weights in folded for part in _spread(weights, sequence_index).chunk(2, dim=-1)
         )
         attended = self.attention(self.attention_norm1(x, scaled_1), attend, cos, sin, spans)
         x = x + self.attention_norm2(attended, gated_1)
@@ -123,10 +131,8 @@ class Block(nn.Module):
         out: Tensor = x + self.ffn_norm2(fed, gated_2)
         return out
 
-    def _modulated_weights(
-        self, time_embedding: Tensor, sequence_index: Tensor, residual: torch.dtype, spans: Spans
-    ) -> tuple[Tensor, ...]:
-        """Norm weights of every token, ``[T, d]`` each: two with scales folded in, two with gates.
+    def fold(self, time_embedding: Tensor, residual: torch.dtype, spans: Spans = ()) -> Folded:
+        """Norm weights ``[n, 2d]`` with the scales and with the gates of ``[n, e]`` folded in.
 
         ``RMS(x) w (1 + s)`` and ``tanh(g) (RMS(x) w)`` are one multiplication per token this way.
         They are folded in fp32 and rounded once: to what the matrix products take, and for what is
@@ -139,16 +145,17 @@ class Block(nn.Module):
         scaled = torch.cat(
             (self.attention_norm1.weight * (1 + scale_1), self.ffn_norm1.weight * (1 + scale_2)),
             dim=-1,
-        ).to(own)
+        )
         gated = torch.cat(
             (self.attention_norm2.weight * gate_1.tanh(), self.ffn_norm2.weight * gate_2.tanh()),
             dim=-1,
-        ).to(torch.promote_types(own, residual))
-        return tuple(
-            part
-            for weights in (scaled, gated)
-            for part in weights.index_select(0, sequence_index).chunk(2, dim=-1)
         )
+        return scaled.to(own), gated.to(torch.promote_types(own, residual))
+
+
+def _spread(rows: Tensor, sequence_index: Tensor) -> Tensor:
+    """Rows ``[n, ...]`` by token; a single one is broadcast where it is used."""
+    return rows if rows.shape[0] == 1 else rows.index_select(0, sequence_index)
 
 
 class TimestepEmbedder(nn.Module):
@@ -191,16 +198,16 @@ class FinalLayer(nn.Module):
         self.modulation = Linear(config.modulation_dim, config.hidden_size)
         self.linear = Linear(config.hidden_size, config.patch_dim)
 
+    def scale(self, time_embedding: Tensor, spans: Spans = ()) -> Tensor:
+        """Factors ``[n, d]`` of the normalised tokens, fp32, for ``[n, e]`` after SiLU."""
+        scale: Tensor = 1 + self.modulation(time_embedding, spans).float()
+        return scale
+
     def forward(
-        self,
-        x: Tensor,
-        time_embedding: Tensor,
-        sequence_index: Tensor,
-        adapted: Adapted = UNADAPTED,
+        self, x: Tensor, scale: Tensor, sequence_index: Tensor, spans: Spans = ()
     ) -> Tensor:
-        """``[T, d]``, ``[n, e]`` after SiLU and ``[T]`` to ``[T, patch_dim]``."""
-        scale = self.modulation(time_embedding, adapted.sequences).float()
+        """``[T, d]``, ``[n, d]`` of :meth:`scale` and ``[T]`` to ``[T, patch_dim]``."""
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=FINAL_NORM_EPS)
-        scaled = normed * (1 + scale.index_select(0, sequence_index))
-        out: Tensor = self.linear(scaled.to(self.linear.weight.dtype), adapted.tokens)
+        scaled = normed * _spread(scale, sequence_index)
+        out: Tensor = self.linear(scaled.to(self.linear.weight.dtype), spans)
         return out

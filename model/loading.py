@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from model.cache_config import load_cache_config
 from model.checkpoint import (
     PICKLES,
     CheckpointError,
@@ -86,9 +87,6 @@ def load_pipeline(
         folder / "transformer", device=device, dtype=dtype, residual_dtype=chosen.residual
     )
     merge_loras(dit, [(open_lora(path, dit.config), factor) for path, factor in merged_loras])
-    loras = None
-    if lora_dir is not None:
-        loras = LoraRegistry(lora_dir, dit.config, device=device, dtype=dtype)
     vae = VAE.from_pretrained(folder / "vae", device=device, dtype=dtype)
     text_encoder = TextEncoder.from_pretrained(
         folder,
@@ -109,7 +107,8 @@ def load_pipeline(
         vae=vae,
         text_encoder=text_encoder,
         generation_config=generation_config,
-        loras=loras,
+        loras=None if lora_dir is None else LoraRegistry(lora_dir, dit),
+        cache_config=load_cache_config(folder),
     )
 
 

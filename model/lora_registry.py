@@ -10,12 +10,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from model.adapters import Adapter, Adapters, Lora
 from model.checkpoint import PICKLES, CheckpointError, short_name
-from model.config import NextDiTConfig
 from model.lora import LoraFile, open_lora
+from model.next_dit import NextDiT
 from model.request import MAX_LORA_NAME, LoraChoice
 
 CACHE_BYTES = 2 * 2**30  # dozens of LoRAs of the released size; running requests hold theirs anyway
@@ -26,32 +24,22 @@ class LoraRegistry:
 
     Args:
         folder: its `.safetensors` files are on offer.
-        config: of the network they must fit.
-        device: where they are loaded.
-        dtype: of their numbers there, that of the network's weights.
+        dit: the network they must fit; they are loaded where it is and in the dtype of its weights.
         cache_bytes: of loaded LoRAs; the one in use stays even if it alone has more.
 
     Raises:
         CheckpointError: one line naming the first file that cannot be used.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        config: NextDiTConfig,
-        *,
-        device: str | torch.device,
-        dtype: torch.dtype,
-        cache_bytes: int = CACHE_BYTES,
-    ) -> None:
+    def __init__(self, folder: Path, dit: NextDiT, *, cache_bytes: int = CACHE_BYTES) -> None:
         if not folder.is_dir():
             raise CheckpointError(f"{folder}: there is no such folder of LoRAs")
         self.files = {
-            _name(path): open_lora(path, config)
+            _name(path): open_lora(path, dit.config)
             for path in sorted(folder.iterdir())
             if path.suffix in (".safetensors", *PICKLES) and not path.name.startswith(".")
         }
-        self._device, self._dtype = device, dtype
+        self._device, self._dtype = dit.device, dit.dtype
         self._cache_bytes = cache_bytes
         self._loaded: OrderedDict[str, Lora] = OrderedDict()
 

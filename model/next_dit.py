@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import checkpoint
-from model.adapters import Adapted, Adapters, Linear, adapter_order
+from model.adapters import Adapted, Adapters, Linear, adapter_order, spans_of
 from model.attention import Backend, choose_backend
 from model.config import NextDiTConfig
 from model.layers import Block, CaptionEmbedder, FinalLayer, TimestepEmbedder
+from model.modulation import Modulation
 from model.packing import Layout, PackedSequences, RotaryTables, upload
 from model.precision import precision_name
 
@@ -143,6 +144,7 @@ class NextDiT(nn.Module):
         timesteps: Tensor,
         contexts: Sequence[Tensor],
         adapters: Sequence[Adapters] | None = None,
+        modulation: Modulation | None = None,
     ) -> PackedSequences:
         """Patchify, refine the noisy image tokens and pack them behind their captions.
 
@@ -151,31 +153,34 @@ class NextDiT(nn.Module):
             timesteps: ``[n]`` in [0, 1].
             contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`, with the same adapters.
             adapters: the LoRAs of each sample; None: none anywhere.
+            modulation: of a `ModulationTable` for these timesteps, which then are not looked at,
+                and these adapters.
         """
         self._check_batch(latents, timesteps, contexts)
         p = self.config.patch_size
         own = adapters or [()] * len(latents)
-        order = sorted(
-            range(len(latents)),
-            key=lambda i: (adapter_order(own[i]), *latents[i].shape[1:], len(contexts[i])),
-        )
+        order = _packing_order(latents, contexts, own)
         own = [own[i] for i in order]
         latents = [latents[i] for i in order]
         contexts = [contexts[i] for i in order]
         grids = [(x.shape[1] // p, x.shape[2] // p) for x in latents]
-        places = upload(torch.tensor(order, device="cpu"), self.device)
-        timesteps = upload(timesteps, self.device)[places]
         image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
         adapted = Adapted.of(own, lengths)
-        time_embedding = F.silu(self.time_embedder(timesteps, adapted.sequences))
+        time_embedding = None
+        if modulation is None:
+            places = upload(torch.tensor(order, device="cpu"), self.device)
+            times = upload(timesteps, self.device)[places]
+            time_embedding = F.silu(self.time_embedder(times, adapted.sequences))
+        rows = None if modulation is None else [modulation.rows[i] for i in order]
 
         image_layout = Layout.of(lengths, self.device)
-        image_index = image_layout.sequence_index()
+        image_index = image_layout.sequence_index(rows)
         attend = self.attention.plan(image_layout)
         image = self.x_embedder(self._patchify(latents), adapted.tokens)
         cos, sin = torch.cat(image_cos), torch.cat(image_sin)
-        for block in self.noise_refiner:
-            image = block(image, attend, cos, sin, time_embedding, image_index, adapted)
+        for number, block in enumerate(self.noise_refiner):
+            folded = None if modulation is None else modulation.noise_refiner[number]
+            image = block(image, attend, cos, sin, time_embedding, image_index, folded, adapted)
 
         caption_tables = [self.rotary.caption(c.shape[0], self.device) for c in contexts]
         layout = Layout.of(
@@ -189,7 +194,8 @@ class NextDiT(nn.Module):
             cos=_interleave([c for c, _ in caption_tables], image_cos),
             sin=_interleave([s for _, s in caption_tables], image_sin),
             time_embedding=time_embedding,
-            sequence_index=layout.sequence_index(),
+            modulation=modulation,
+            sequence_index=layout.sequence_index(rows),
             grids=tuple(grids),
             order=tuple(order),
             adapters=tuple(own),
@@ -198,7 +204,8 @@ class NextDiT(nn.Module):
     def blocks(self, packed: PackedSequences) -> PackedSequences:
         """Run the joint blocks over captions and images together."""
         hidden, adapted = packed.hidden, packed.adapted
-        for block in self.layers:
+        modulation = packed.modulation
+        for number, block in enumerate(self.layers):
             hidden = block(
                 hidden,
                 packed.attend,
@@ -206,15 +213,44 @@ class NextDiT(nn.Module):
                 packed.sin,
                 packed.time_embedding,
                 packed.sequence_index,
+                None if modulation is None else modulation.layers[number],
                 adapted,
             )
         return replace(packed, hidden=hidden)
 
+    def joint_signals(self, packed: PackedSequences, places: Sequence[int]) -> list[Tensor]:
+        """Modulated inputs ``[T_i, d]`` of the first joint block, for the sequences at `places`.
+
+        How much they change from step to step tells how much the joint blocks' output will.
+        """
+        first = self.layers[0]
+        assert isinstance(first, Block)
+        modulation, d = packed.modulation, self.config.hidden_size
+        sequences = packed.hidden.split(packed.layout.lengths)
+        signals = []
+        for place in places:
+            if modulation is None:
+                assert packed.time_embedding is not None
+                scaled, _ = first.fold(
+                    packed.time_embedding[place : place + 1],
+                    packed.hidden.dtype,
+                    spans_of([packed.adapters[place]], [1]),
+                )
+            else:
+                row = modulation.rows[packed.order[place]]
+                scaled = modulation.layers[0][0][row : row + 1]
+            signals.append(first.attention_norm1(sequences[place], scaled[:, :d]))
+        return signals
+
     def head(self, packed: PackedSequences) -> list[Tensor]:
         """Project image tokens back to velocities ``[C, H_i, W_i]``, in the caller's order."""
-        tokens = self.final_layer(
-            packed.hidden, packed.time_embedding, packed.sequence_index, packed.adapted
-        )
+        adapted = packed.adapted
+        if packed.modulation is None:
+            assert packed.time_embedding is not None
+            scale = self.final_layer.scale(packed.time_embedding, adapted.sequences)
+        else:
+            scale = packed.modulation.final
+        tokens = self.final_layer(packed.hidden, scale, packed.sequence_index, adapted.tokens)
         velocities: list[Tensor | None] = [None] * len(packed.order)
         sequences = tokens.split(packed.layout.lengths)
         for place, sequence, grid in zip(packed.order, sequences, packed.grids, strict=True):
@@ -327,6 +363,16 @@ class NextDiT(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config and weights as diffusers names them; ``dtype`` converts on the way."""
         checkpoint.save_transformer(Path(folder), self.config, self.state_dict(), dtype)
+
+
+def _packing_order(
+    latents: Sequence[Tensor], contexts: Sequence[Tensor], adapters: Sequence[Adapters]
+) -> list[int]:
+    """Indices of the samples, those with equal adapters together and in these equal sizes."""
+    return sorted(
+        range(len(latents)),
+        key=lambda i: (adapter_order(adapters[i]), *latents[i].shape[1:], len(contexts[i])),
+    )
 
 
 def _interleave(captions: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ prompt (uncond).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -19,17 +19,28 @@ from PIL import Image
 from torch import Tensor
 
 from model.adapters import Adapters
+from model.cache_config import CacheConfig
 from model.flow import timestep_from_sigma
 from model.generation_config import GenerationConfig
 from model.guidance import Guidance
 from model.lora_registry import LoraRegistry, chosen_adapters
+from model.modulation import ModulationTable
 from model.next_dit import NextDiT
-from model.packing import upload
 from model.request import GenerationRequest, ResolvedRequest
 from model.samplers import Sampler, SamplerState, make_sampler
+from model.teacache import (
+    BranchTurn,
+    RequestCache,
+    TeaCacheState,
+    Threshold,
+    plan_cache,
+    run_blocks,
+)
 from model.templates import compose_negative, compose_prompt
 from model.text_encoder import TextEncoder
 from model.vae import VAE, to_pil
+
+BRANCHES = ("cond", "uncond")
 
 
 @dataclass
@@ -45,10 +56,12 @@ class DenoiseState:
         samples: solver state of every image.
         tokens_per_image: image tokens of one image.
         adapters: its LoRAs, on both branches.
+        cache: what its branches remember from step to step; None where every step computes.
         warnings: sentences for the user.
-        steps_computed: steps done so far.
-        steps_cfg: of these, steps that ran both branches.
-        nfe: branches of the network evaluated so far for each image, cond and uncond.
+        steps_computed: steps so far in which any branch ran the joint blocks.
+        steps_cfg: steps so far that were guided.
+        nfe: branches that ran the joint blocks so far for each image, cond and uncond; for the
+            image with the most, where a threshold decides.
     """
 
     request: ResolvedRequest
@@ -59,6 +72,7 @@ class DenoiseState:
     samples: list[SamplerState]
     tokens_per_image: int
     adapters: Adapters = ()
+    cache: RequestCache | None = None
     warnings: list[str] = field(default_factory=list)
     steps_computed: int = 0
     steps_cfg: int = 0
@@ -95,6 +109,17 @@ class DenoiseState:
         interval = self.sampler.interval_of(self.step_index)
         return self.guidance.is_guided(interval, self.sampler.num_intervals, self.timestep)
 
+    def turn(self, image: int, kind: str) -> BranchTurn | None:
+        """The cache of one branch before the next step; None where it has none."""
+        return None if self.cache is None else self.cache.turn((image, kind), self.step_index)
+
+    @property
+    def cache_decisions(self) -> dict[str, str]:
+        """What a cache threshold decided, by branch and step: `prepare` can repeat it."""
+        if self.cache is None or not isinstance(self.cache.default, Threshold):
+            return {}
+        return self.cache.decisions
+
     @property
     def prompt_tokens(self) -> int:
         """Tokens the prompt took, its template and the beginning-of-sequence token included."""
@@ -128,12 +153,15 @@ class Pipeline:
         text_encoder: TextEncoder,
         generation_config: GenerationConfig,
         loras: LoraRegistry | None = None,
+        cache_config: CacheConfig | None = None,
     ) -> None:
         self.dit = dit
         self.vae = vae
         self.text_encoder = text_encoder
         self.generation_config = generation_config
         self.loras = loras
+        self.cache_config = cache_config
+        self.modulation = ModulationTable(dit)
 
     @property
     def device(self) -> torch.device:
@@ -146,8 +174,14 @@ class Pipeline:
         return self.dit.dtype
 
     @torch.inference_mode()
-    def prepare(self, request: GenerationRequest) -> DenoiseState:
+    def prepare(
+        self, request: GenerationRequest, *, replay: Mapping[str, str] | None = None
+    ) -> DenoiseState:
         """Everything that happens once per request: defaults, text, contexts, noise, schedule.
+
+        Args:
+            request: what to draw.
+            replay: `cache_decisions` of an earlier run, to be made again.
 
         Raises:
             ValueError: one sentence, when this checkpoint cannot do what is asked.
@@ -162,6 +196,7 @@ class Pipeline:
             sigmas=resolved.sigmas,
         )
         adapters = chosen_adapters(self.loras, resolved.loras or ())
+        cache, uncached = plan_cache(resolved, sampler, self.cache_config, replay)
         prompt, negative = _texts(resolved)
         state = DenoiseState(
             request=resolved,
@@ -175,7 +210,8 @@ class Pipeline:
             ],
             tokens_per_image=height * width // self.dit.config.patch_size**2,
             adapters=adapters,
-            warnings=self._warnings(resolved),
+            cache=cache,
+            warnings=[*self._warnings(resolved), *uncached],
         )
         # Both truncation rules only ever switch guidance off: the first step speaks for all.
         if state.guided:
@@ -186,6 +222,8 @@ class Pipeline:
     def denoise_step(self, states: Sequence[DenoiseState]) -> None:
         """Advance every state by one step, all branches of all images in one packed forward.
 
+        Branches that their cache skips take part in it, except for the joint blocks.
+
         If the forward raises, no state has changed and the call can be repeated with fewer.
         """
         assert not any(state.finished for state in states)
@@ -193,20 +231,28 @@ class Pipeline:
         timesteps: list[float] = []
         contexts: list[Tensor] = []
         adapters: list[Adapters] = []
+        turns: list[BranchTurn | None] = []
         for state in states:
-            for context in state.contexts():
-                for sample in state.samples:
+            for kind, context in zip(BRANCHES, state.contexts(), strict=False):
+                for image, sample in enumerate(state.samples):
                     latents.append(state.sampler.evaluation_point(sample))
                     timesteps.append(state.timestep)
                     contexts.append(context)
                     adapters.append(state.adapters)
+                    turns.append(state.turn(image, kind))
         if not latents:
             return
-        times = upload(torch.tensor(timesteps, dtype=torch.float32), self.device)
-        packed = self.dit.blocks(self.dit.embed(latents, times, contexts, adapters))
-        velocities = iter(self.dit.head(packed))
+        packed = self.dit.embed(
+            latents,
+            torch.tensor(timesteps, dtype=torch.float32),
+            contexts,
+            adapters,
+            self.modulation.of(timesteps, adapters),
+        )
+        packed, caches = run_blocks(self.dit, packed, turns)
+        velocities, kept = iter(self.dit.head(packed)), iter(caches)
         for state in states:
-            _advance(state, velocities)
+            _advance(state, velocities, kept)
 
     @torch.inference_mode()
     def decode(self, states: Sequence[DenoiseState]) -> list[list[Image.Image]]:
@@ -311,7 +357,9 @@ def _guidance(request: ResolvedRequest) -> Guidance:
     )
 
 
-def _advance(state: DenoiseState, velocities: Iterator[Tensor]) -> None:
+def _advance(
+    state: DenoiseState, velocities: Iterator[Tensor], caches: Iterator[TeaCacheState | None]
+) -> None:
     """Take this state's velocities (cond of all images, then uncond) and step its solver."""
     guided, count = state.guided, len(state.samples)
     cond = list(islice(velocities, count))
@@ -322,6 +370,13 @@ def _advance(state: DenoiseState, velocities: Iterator[Tensor]) -> None:
         state.sampler.step(sample, velocity)
         for sample, velocity in zip(state.samples, cond, strict=True)
     ]
-    state.steps_computed += 1
+    branches = [(image, kind) for kind in BRANCHES[: 1 + guided] for image in range(count)]
+    kept = dict(zip(branches, islice(caches, len(branches)), strict=True))
+    evaluated = [0] * count
+    for (image, _), cache in kept.items():
+        evaluated[image] += cache is None or cache.computed
+    if state.cache is not None:
+        state.cache.keep({branch: cache for branch, cache in kept.items() if cache is not None})
+    state.steps_computed += max(evaluated) > 0
     state.steps_cfg += guided
-    state.nfe += 1 + guided
+    state.nfe += max(evaluated)

@@ -23,6 +23,8 @@ MAX_SEED = 2**53 - 9  # image k uses seed + k, and JSON readers are exact up to 
 SIZE_MULTIPLE = 16
 MAX_SIDE = 8192
 CFG_RENORMS = ("none", "global", "row")
+CACHE_PRESETS = ("balanced", "fast")  # skip schedules; what each means is in teacache.json
+MAX_CACHE_THRESHOLD = 10.0
 MAX_STEPS = 1000
 MIN_SIGMA_STEP = 1e-5  # nearer sigmas are one sigma in float32, and solvers divide by the distance
 MAX_PANEL_TEXT = 100  # characters
@@ -72,6 +74,8 @@ class GenerationRequest:
         cfg_trunc_t: guided while timestep < t; excludes `cfg_trunc_ratio`.
         cfg_renorm: `none`, `global` or `row`.
         cfg_renorm_scale: the official rho of `global`.
+        cache: `off`, a preset of skipped steps (`balanced` or `fast`), or a number: skip while the
+            estimated change of the joint blocks' output stays below it.
         preset: a preset name of the checkpoint.
         loras: up to 8 different LoRAs of those on offer, in the order of application; each a
             `LoraChoice` or a mapping of its fields.
@@ -97,6 +101,7 @@ class GenerationRequest:
     cfg_trunc_t: float | None = None
     cfg_renorm: str | None = None
     cfg_renorm_scale: float | None = None
+    cache: str | float | None = None
     preset: str | None = None
     loras: Sequence[LoraChoice | Mapping[str, Any]] | None = None
 
@@ -141,6 +146,7 @@ class ResolvedRequest:
     cfg_trunc_t: float | None
     cfg_renorm: str
     cfg_renorm_scale: float
+    cache: str | float
     preset: str | None
     loras: tuple[LoraChoice, ...] | None
 
@@ -276,6 +282,14 @@ def _sigmas(value: object) -> str | None:
     return None if falls else allowed
 
 
+def _cache(value: object) -> str | None:
+    names = ("off", *CACHE_PRESETS)
+    number = _number(0.0, MAX_CACHE_THRESHOLD)
+    if value in names or (not isinstance(value, str) and number(value) is None):
+        return None
+    return f"{', '.join(map(repr, names))} or {number(None)}"
+
+
 def _panel(value: object) -> str | None:
     positions = ", ".join(repr(position) for position in PANEL_POSITIONS)
     allowed = (
@@ -344,6 +358,7 @@ _RULES: dict[str, _Rule] = {
     "cfg_trunc_t": _number(0.0, 100.0),
     "cfg_renorm": _choice(CFG_RENORMS),
     "cfg_renorm_scale": _number(0.0, 100.0),
+    "cache": _cache,
     "preset": _text(1),
     "loras": _loras,
 }

@@ -120,6 +120,7 @@ class JobSpec(_Message):
     cfg_trunc_t: float | None = None
     cfg_renorm: str | None = None
     cfg_renorm_scale: float | None = None
+    cache: str | float | None = None
     preset: str | None = None
     loras: list[dict[str, Any]] | None = None
     output_format: OutputFormat = "png"
@@ -165,7 +166,7 @@ class Timings(_Message):
 class StepCounts(_Message):
     """Denoising steps that computed the model, that a cache skipped, and that used guidance.
 
-    `nfe` counts the branches of the network evaluated for each picture, cond and uncond.
+    `nfe` counts the branches whose joint blocks were evaluated for each picture, cond and uncond.
     """
 
     computed: int
@@ -178,7 +179,8 @@ class StepCounts(_Message):
 class JobResult(_Message):
     """What a worker commits: pictures in the order of their seeds, and how they were made.
 
-    `prompt_tokens` are those the text encoder read, template included.
+    `prompt_tokens` are those the text encoder read, template included. `cache_decisions` is what a
+    cache threshold decided: for each branch a letter per step, 1 computed, 0 skipped.
     """
 
     images: tuple[ImageRef, ...]
@@ -187,6 +189,7 @@ class JobResult(_Message):
     warnings: tuple[str, ...]
     model: str
     prompt_tokens: int = 0
+    cache_decisions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -54,6 +54,10 @@ class FakeState:
         return len(self.request.prompt.split())
 
     @property
+    def cache_decisions(self) -> dict[str, str]:
+        return {}
+
+    @property
     def num_tokens(self) -> int:
         if self.step_index == self.num_steps:
             return 0

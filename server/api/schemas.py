@@ -76,6 +76,7 @@ class LoraBody(BaseModel):
 
 
 _Scalar = Annotated[str, Field(max_length=MAX_METADATA_TEXT)] | int | float | bool | None
+_Threshold = Annotated[float, Field(ge=0, le=10)]
 _MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -154,6 +155,9 @@ class GenerateBody(BaseModel):
     )
     cfg_renorm_scale: float | None = Field(
         None, gt=0, le=10, description="a number greater than 0 and at most 10"
+    )
+    cache: Literal["off", "balanced", "fast"] | _Threshold | None = Field(
+        None, description="'off', 'balanced', 'fast' or a number from 0 to 10"
     )
     preset: str | None = Field(None, description="the name of a preset of the model")
     loras: list[LoraBody] | None = Field(

@@ -51,6 +51,10 @@ class RequestState(Protocol):
     def prompt_tokens(self) -> int:
         """Tokens of the prompt, template included."""
 
+    @property
+    def cache_decisions(self) -> dict[str, str]:
+        """What a cache threshold decided, by branch."""
+
 
 class StepPipeline(Protocol):
     """What the engine needs of `model.pipeline.Pipeline`."""

@@ -150,4 +150,5 @@ class Output:
             warnings=tuple(job.state.warnings),
             model=self._model_name,
             prompt_tokens=job.state.prompt_tokens,
+            cache_decisions=job.state.cache_decisions,
         )

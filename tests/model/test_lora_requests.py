@@ -156,11 +156,11 @@ def test_malformed_fields(loras):
         GenerationRequest("a", loras=loras)
 
 
-# --- the registry ---------------------------------------------------------------------------------
+# --- the registry --------------------------------------------------------------------------------
 
 
 def registry(pipeline, folder, **options):
-    return LoraRegistry(folder, pipeline.dit.config, device="cpu", dtype=torch.float32, **options)
+    return LoraRegistry(folder, pipeline.dit, **options)
 
 
 def test_files_are_loaded_once_and_the_oldest_leaves(pipeline, lora_dir, tmp_path):
@@ -208,3 +208,36 @@ def test_a_file_that_changes_under_us_is_an_error_not_a_wrong_picture(pipeline, 
     path.unlink()
     with pytest.raises(CheckpointError, match=r"ink.safetensors: damaged"):
         shelf.get("ink")
+
+
+# --- with the rest of the network's shortcuts ----------------------------------------------------
+
+
+def test_modulations_are_kept_apart_by_lora(styled):
+    """Equal timesteps, different LoRAs on the modulation: each has its own looked-up weights."""
+    wanted = [request(lora("ink")), request(), request(lora("ink", 0.5)), request(lora("ink"))]
+    adapters = [styled.prepare(each).adapters for each in wanted]
+    modulation = styled.modulation.of([0.25] * 4, adapters)
+    assert modulation.rows == (0, 1, 2, 0)
+    first, plain, weak = modulation.final
+    assert not torch.equal(first, plain)
+    assert not torch.equal(first, weak)
+    assert not torch.equal(plain, weak)
+    again = styled.modulation.of([0.25], [adapters[3]])
+    assert torch.equal(again.final[0], first)
+
+
+def test_skipped_steps_keep_to_their_own_lora(styled):
+    """A cached branch beside a computing one: the selection takes its adapters along."""
+    replay = {f"0/{kind}": "1010" for kind in ("cond", "uncond")}
+    wanted = [request(lora("ink"), cache=0.1), request(lora("wool"), seed=2)]
+    states = [styled.prepare(wanted[0], replay=replay), styled.prepare(wanted[1])]
+    while running := [state for state in states if not state.finished]:
+        styled.denoise_step(running)
+    assert states[0].nfe == 4
+    (second,) = styled.generate(wanted[1:])
+    assert max_difference(styled.decode(states)[1][0], second[0]) <= 1
+    alone = styled.prepare(wanted[0], replay=replay)
+    while not alone.finished:
+        styled.denoise_step([alone])
+    assert max_difference(styled.decode(states)[0][0], styled.decode([alone])[0][0]) <= 1
