@@ -1,5 +1,7 @@
 """Many requests with different LoRAs in one packed forward."""
 
+import copy
+
 import pytest
 import torch
 
@@ -125,3 +127,24 @@ def test_spans_join_neighbours_with_the_same_adapters():
         Span(1, 3, one), Span(3, 4, one), Span(3, 4, two), Span(4, 5, weak),
     )  # fmt: skip
     assert spans_of([(), ()], [3, 4]) == ()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: waiting untested here")
+@torch.inference_mode()
+def test_adapters_never_make_the_host_wait_for_the_gpu(world):
+    dit, _, ours = world
+    there = copy.deepcopy(dit).cuda()
+    adapters: list[tuple[Adapter, ...]] = [()]
+    for ((lora, scale),) in ours[1:]:
+        pairs = {k: LowRank(change.a.cuda(), change.b.cuda()) for k, change in lora.layers.items()}
+        adapters.append((Adapter(Lora(lora.name, pairs), scale),))
+    latents, timesteps, prompts = ragged_batch()
+    latents, prompts = ([x.cuda() for x in part] for part in (latents, prompts))
+    which = [adapters[i] for i in (1, 0, 2, 1, 2, 0)]
+    there(latents, timesteps, prompts, which)  # the first call fills tables and loads kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there(latents, timesteps, prompts, which)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
