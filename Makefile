@@ -59,8 +59,9 @@ fmt: $(STAMP) ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## one packed forward against diffusers' calls, on this machine
-	$(BIN)/python -m benchmarks.bench_packed $(ARGS)
+bench: $(STAMP) ## a packed forward and a crowd of requests against diffusers; the counters
+	$(BIN)/python -m benchmarks.counters
+	$(BIN)/python -m benchmarks.bench_vs_diffusers $(ARGS)
 
 bench-scheduler: $(STAMP) ## FIFO, round-robin and our policy in simulated time (about 3 minutes)
 	$(BIN)/python -m benchmarks.bench_scheduler $(ARGS)

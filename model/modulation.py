@@ -1,10 +1,11 @@
 """Modulation by timestep: computed once for each timestep, looked up in every later step.
 
 All the network learns from a timestep are scales and gates of its norms. They depend on nothing
-else, and schedules repeat: so they are kept folded into the norm weights, one row a timestep. A row
-is computed by itself, so that its rounding cannot depend on which others were new.
+else but the LoRAs that change them, and schedules repeat: so they are kept folded into the norm
+weights, one row for each timestep and such LoRAs. A row is computed by itself, so that its rounding
+cannot depend on which others were new.
 
-Shapes: u = different timesteps of a batch, b = modulated blocks, d = width.
+Shapes: u = different rows of a batch, b = modulated blocks, d = width.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.adapters import Adapters, Spans, modulating, spans_of
 from model.layers import Block, Folded
 from model.packing import upload
 from model.tensor_cache import TensorCache
@@ -54,38 +56,43 @@ class ModulationTable:
 
     def __init__(self, dit: NextDiT, cache_bytes: int = CACHE_BYTES) -> None:
         self._dit = dit
-        self.cache: TensorCache[float] = TensorCache(cache_bytes)
+        self.cache: TensorCache[tuple[object, ...]] = TensorCache(cache_bytes)
 
-    def of(self, timesteps: Sequence[float]) -> Modulation:
-        """The weights of a batch with these timesteps (0 = noise)."""
-        different = list(dict.fromkeys(timesteps))
-        kept = [self.cache.get(t, lambda t=t: self._row(t)) for t in different]  # type: ignore[misc]
+    def of(self, timesteps: Sequence[float], adapters: Sequence[Adapters]) -> Modulation:
+        """The weights of a batch with these timesteps (0 = noise) and LoRAs."""
+        keys = [(t, modulating(own)) for t, own in zip(timesteps, adapters, strict=True)]
+        different = dict(zip(keys, zip(timesteps, adapters, strict=True), strict=True))
+        kept = [
+            self.cache.get(key, lambda row=row: self._row(*row))  # type: ignore[misc]
+            for key, row in different.items()
+        ]
         noise_scaled, noise_gated, scaled, gated, final = (
             torch.stack(parts, dim=1) for parts in zip(*kept, strict=True)
         )
-        row_of = {timestep: row for row, timestep in enumerate(different)}
+        row_of = {key: row for row, key in enumerate(different)}
         return Modulation(
             noise_refiner=tuple(zip(noise_scaled, noise_gated, strict=True)),
             layers=tuple(zip(scaled, gated, strict=True)),
             final=final[0],
-            rows=tuple(row_of[timestep] for timestep in timesteps),
+            rows=tuple(row_of[key] for key in keys),
         )
 
-    def _row(self, timestep: float) -> tuple[Tensor, ...]:
+    def _row(self, timestep: float, adapters: Adapters) -> tuple[Tensor, ...]:
         """Folded weights [b, 2d] of the noise refiner and the joint blocks; final scale [1, d]."""
         dit = self._dit
         time = upload(torch.tensor([timestep], dtype=torch.float32), dit.device)
-        embedding = F.silu(dit.time_embedder(time))
+        spans = spans_of([adapters], [1])
+        embedding = F.silu(dit.time_embedder(time, spans))
         folded: list[Tensor] = []
         for blocks, residual in (
             (dit.noise_refiner, dit.dtype),
             (dit.layers, dit.residual_dtype or dit.dtype),
         ):
-            pairs = [_fold(block, embedding, residual) for block in blocks]
+            pairs = [_fold(block, embedding, residual, spans) for block in blocks]
             folded += [torch.cat(parts) for parts in zip(*pairs, strict=True)]
-        return (*folded, dit.final_layer.scale(embedding))
+        return (*folded, dit.final_layer.scale(embedding, spans))
 
 
-def _fold(block: object, embedding: Tensor, residual: torch.dtype) -> Folded:
+def _fold(block: object, embedding: Tensor, residual: torch.dtype, spans: Spans) -> Folded:
     assert isinstance(block, Block)
-    return block.fold(embedding, residual)
+    return block.fold(embedding, residual, spans)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import checkpoint
+from model.adapters import Adapted, Adapters, Linear, adapter_order, spans_of
 from model.attention import Backend, choose_backend
 from model.config import NextDiTConfig
 from model.layers import Block, CaptionEmbedder, FinalLayer, TimestepEmbedder
@@ -39,7 +40,7 @@ class NextDiT(nn.Module):
         super().__init__()
         self.config = config
         self.residual_dtype: torch.dtype | None = None
-        self.x_embedder = nn.Linear(config.patch_dim, config.hidden_size)
+        self.x_embedder = Linear(config.patch_dim, config.hidden_size)
         self.time_embedder = TimestepEmbedder(config.modulation_dim)
         self.caption_embedder = CaptionEmbedder(config)
         refiners = range(config.num_refiner_layers)
@@ -50,6 +51,9 @@ class NextDiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         self.rotary = RotaryTables(config)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.name = name
         self.initialize_weights()
 
     @property
@@ -80,7 +84,11 @@ class NextDiT(nn.Module):
         return choose_backend(device, dtype, self.config.head_dim)
 
     def forward(
-        self, latents: Sequence[Tensor], timesteps: Tensor, prompt_embeds: Sequence[Tensor]
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        prompt_embeds: Sequence[Tensor],
+        adapters: Sequence[Adapters] | None = None,
     ) -> list[Tensor]:
         """Velocity of every sample.
 
@@ -88,6 +96,7 @@ class NextDiT(nn.Module):
             latents: n tensors ``[C, H_i, W_i]``, sides multiples of the patch size.
             timesteps: ``[n]`` in [0, 1], 0 = noise.
             prompt_embeds: n tensors ``[L_i, cap_feat_dim]``, valid tokens only.
+            adapters: the LoRAs of each sample; None: none anywhere. Inference only.
 
         Returns:
             n tensors ``[C, H_i, W_i]``.
@@ -95,14 +104,17 @@ class NextDiT(nn.Module):
         Raises:
             ValueError: when shapes do not fit the model.
         """
-        contexts = self.encode_context(prompt_embeds)
-        return self.head(self.blocks(self.embed(latents, timesteps, contexts)))
+        contexts = self.encode_context(prompt_embeds, adapters)
+        return self.head(self.blocks(self.embed(latents, timesteps, contexts, adapters)))
 
-    def encode_context(self, prompt_embeds: Sequence[Tensor]) -> list[Tensor]:
+    def encode_context(
+        self, prompt_embeds: Sequence[Tensor], adapters: Sequence[Adapters] | None = None
+    ) -> list[Tensor]:
         """Embed and refine captions; independent of time, so once per request and branch.
 
         Args:
             prompt_embeds: tensors ``[L_i, cap_feat_dim]``.
+            adapters: the LoRAs of each; a context is one request's, so it carries them.
 
         Returns:
             tensors ``[L_i, d]``.
@@ -117,11 +129,13 @@ class NextDiT(nn.Module):
                 )
         lengths = [features.shape[0] for features in prompt_embeds]
         attend = self.attention.plan(Layout.of(lengths, self.device))
+        adapted = Adapted.of(adapters or [()] * len(lengths), lengths)
         tables = [self.rotary.caption(length, self.device) for length in lengths]
         cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
-        hidden = self.caption_embedder(torch.cat(list(prompt_embeds)).to(self.device, self.dtype))
+        features = torch.cat(list(prompt_embeds)).to(self.device, self.dtype)
+        hidden = self.caption_embedder(features, adapted.tokens)
         for block in self.context_refiner:
-            hidden = block(hidden, attend, cos, sin)
+            hidden = block(hidden, attend, cos, sin, adapted=adapted)
         return list(hidden.split(lengths))
 
     def embed(
@@ -129,6 +143,7 @@ class NextDiT(nn.Module):
         latents: Sequence[Tensor],
         timesteps: Tensor,
         contexts: Sequence[Tensor],
+        adapters: Sequence[Adapters] | None = None,
         modulation: Modulation | None = None,
     ) -> PackedSequences:
         """Patchify, refine the noisy image tokens and pack them behind their captions.
@@ -136,33 +151,36 @@ class NextDiT(nn.Module):
         Args:
             latents: n tensors ``[C, H_i, W_i]``.
             timesteps: ``[n]`` in [0, 1].
-            contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`.
-            modulation: of a `ModulationTable` for these timesteps, which then are not looked at.
+            contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`, with the same adapters.
+            adapters: the LoRAs of each sample; None: none anywhere.
+            modulation: of a `ModulationTable` for these timesteps, which then are not looked at,
+                and these adapters.
         """
         self._check_batch(latents, timesteps, contexts)
         p = self.config.patch_size
-        order = sorted(
-            range(len(latents)), key=lambda i: (*latents[i].shape[1:], contexts[i].shape[0])
-        )
+        own = adapters or [()] * len(latents)
+        order = _packing_order(latents, contexts, own)
+        own = [own[i] for i in order]
         latents = [latents[i] for i in order]
         contexts = [contexts[i] for i in order]
         grids = [(x.shape[1] // p, x.shape[2] // p) for x in latents]
-        time_embedding, rows = None, None
+        image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
+        adapted = Adapted.of(own, lengths)
+        time_embedding = None
         if modulation is None:
             places = upload(torch.tensor(order, device="cpu"), self.device)
-            time_embedding = F.silu(self.time_embedder(upload(timesteps, self.device)[places]))
-        else:
-            rows = [modulation.rows[i] for i in order]
+            times = upload(timesteps, self.device)[places]
+            time_embedding = F.silu(self.time_embedder(times, adapted.sequences))
+        rows = None if modulation is None else [modulation.rows[i] for i in order]
 
-        image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
         image_layout = Layout.of(lengths, self.device)
         image_index = image_layout.sequence_index(rows)
         attend = self.attention.plan(image_layout)
-        image = self.x_embedder(self._patchify(latents))
+        image = self.x_embedder(self._patchify(latents), adapted.tokens)
         cos, sin = torch.cat(image_cos), torch.cat(image_sin)
         for number, block in enumerate(self.noise_refiner):
             folded = None if modulation is None else modulation.noise_refiner[number]
-            image = block(image, attend, cos, sin, time_embedding, image_index, folded)
+            image = block(image, attend, cos, sin, time_embedding, image_index, folded, adapted)
 
         caption_tables = [self.rotary.caption(c.shape[0], self.device) for c in contexts]
         layout = Layout.of(
@@ -180,11 +198,12 @@ class NextDiT(nn.Module):
             sequence_index=layout.sequence_index(rows),
             grids=tuple(grids),
             order=tuple(order),
+            adapters=tuple(own),
         )
 
     def blocks(self, packed: PackedSequences) -> PackedSequences:
         """Run the joint blocks over captions and images together."""
-        hidden = packed.hidden
+        hidden, adapted = packed.hidden, packed.adapted
         modulation = packed.modulation
         for number, block in enumerate(self.layers):
             hidden = block(
@@ -195,6 +214,7 @@ class NextDiT(nn.Module):
                 packed.time_embedding,
                 packed.sequence_index,
                 None if modulation is None else modulation.layers[number],
+                adapted,
             )
         return replace(packed, hidden=hidden)
 
@@ -212,7 +232,9 @@ class NextDiT(nn.Module):
             if modulation is None:
                 assert packed.time_embedding is not None
                 scaled, _ = first.fold(
-                    packed.time_embedding[place : place + 1], packed.hidden.dtype
+                    packed.time_embedding[place : place + 1],
+                    packed.hidden.dtype,
+                    spans_of([packed.adapters[place]], [1]),
                 )
             else:
                 row = modulation.rows[packed.order[place]]
@@ -222,12 +244,13 @@ class NextDiT(nn.Module):
 
     def head(self, packed: PackedSequences) -> list[Tensor]:
         """Project image tokens back to velocities ``[C, H_i, W_i]``, in the caller's order."""
+        adapted = packed.adapted
         if packed.modulation is None:
             assert packed.time_embedding is not None
-            scale = self.final_layer.scale(packed.time_embedding)
+            scale = self.final_layer.scale(packed.time_embedding, adapted.sequences)
         else:
             scale = packed.modulation.final
-        tokens = self.final_layer(packed.hidden, scale, packed.sequence_index)
+        tokens = self.final_layer(packed.hidden, scale, packed.sequence_index, adapted.tokens)
         velocities: list[Tensor | None] = [None] * len(packed.order)
         sequences = tokens.split(packed.layout.lengths)
         for place, sequence, grid in zip(packed.order, sequences, packed.grids, strict=True):
@@ -340,6 +363,16 @@ class NextDiT(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config and weights as diffusers names them; ``dtype`` converts on the way."""
         checkpoint.save_transformer(Path(folder), self.config, self.state_dict(), dtype)
+
+
+def _packing_order(
+    latents: Sequence[Tensor], contexts: Sequence[Tensor], adapters: Sequence[Adapters]
+) -> list[int]:
+    """Indices of the samples, those with equal adapters together and in these equal sizes."""
+    return sorted(
+        range(len(latents)),
+        key=lambda i: (adapter_order(adapters[i]), *latents[i].shape[1:], len(contexts[i])),
+    )
 
 
 def _interleave(captions: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:

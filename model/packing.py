@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.adapters import Adapted, Adapters
 from model.config import ROPE_THETA, NextDiTConfig
 from model.tensor_cache import TensorCache
 
@@ -86,8 +87,8 @@ class Layout:
 class PackedSequences:
     """A batch on its way through the joint blocks: per sample its caption, then its image tokens.
 
-    Samples are sorted by size so that equal ones lie together; ``order[j]`` is the caller's
-    index of the sample at place j.
+    Samples are sorted by adapters and size so that equal ones lie together; ``order[j]`` is the
+    caller's index of the sample at place j.
     """
 
     hidden: Tensor  # [T, d], the residual stream
@@ -100,6 +101,12 @@ class PackedSequences:
     sequence_index: Tensor  # [T], row of the time embedding or of the modulation
     grids: tuple[tuple[int, int], ...]  # patch rows and columns of each sample
     order: tuple[int, ...]
+    adapters: tuple[Adapters, ...]  # of each sample
+
+    @property
+    def adapted(self) -> Adapted:
+        """Where the adapters act."""
+        return Adapted.of(self.adapters, self.layout.lengths)
 
     def select(
         self, places: Sequence[int], plan: Callable[[Layout], "Attend"]
@@ -132,6 +139,7 @@ class PackedSequences:
             sequence_index=layout.sequence_index(rows),
             grids=tuple(self.grids[place] for place in places),
             order=tuple(range(len(places))),
+            adapters=tuple(self.adapters[place] for place in places),
         )
 
 

@@ -18,10 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.adapters import Adapters
 from model.cache_config import CacheConfig
 from model.flow import timestep_from_sigma
 from model.generation_config import GenerationConfig
 from model.guidance import Guidance
+from model.lora_registry import LoraRegistry, chosen_adapters
 from model.modulation import ModulationTable
 from model.next_dit import NextDiT
 from model.request import GenerationRequest, ResolvedRequest
@@ -54,6 +56,7 @@ class DenoiseState:
         samples: solver state of every image.
         before: the same before the last step; empty before the first.
         tokens_per_image: image tokens of one image.
+        adapters: its LoRAs, on both branches.
         cache: what its branches remember from step to step; None where every step computes.
         warnings: sentences for the user.
         steps_computed: steps so far in which any branch ran the joint blocks.
@@ -69,6 +72,7 @@ class DenoiseState:
     uncond: Tensor | None
     samples: list[SamplerState]
     tokens_per_image: int
+    adapters: Adapters = ()
     cache: RequestCache | None = None
     warnings: list[str] = field(default_factory=list)
     before: list[SamplerState] = field(default_factory=list)
@@ -169,7 +173,7 @@ class DenoiseState:
 
 
 class Pipeline:
-    """Network, text encoder and VAE of one checkpoint, on one device."""
+    """Network, text encoder and VAE of one checkpoint, on one device, and LoRAs for requests."""
 
     def __init__(
         self,
@@ -178,12 +182,14 @@ class Pipeline:
         vae: VAE,
         text_encoder: TextEncoder,
         generation_config: GenerationConfig,
+        loras: LoraRegistry | None = None,
         cache_config: CacheConfig | None = None,
     ) -> None:
         self.dit = dit
         self.vae = vae
         self.text_encoder = text_encoder
         self.generation_config = generation_config
+        self.loras = loras
         self.cache_config = cache_config
         self.modulation = ModulationTable(dit)
 
@@ -219,25 +225,27 @@ class Pipeline:
             shift=resolved.shift,
             sigmas=resolved.sigmas,
         )
+        adapters = chosen_adapters(self.loras, resolved.loras or ())
         cache, uncached = plan_cache(resolved, sampler, self.cache_config, replay)
         prompt, negative = _texts(resolved)
         state = DenoiseState(
             request=resolved,
             sampler=sampler,
             guidance=_guidance(resolved),
-            cond=self._context(prompt),
+            cond=self._context(prompt, adapters),
             uncond=None,
             samples=[
                 sampler.start(self._noise(resolved.seed + k, height, width))
                 for k in range(resolved.num_images)
             ],
             tokens_per_image=height * width // self.dit.config.patch_size**2,
+            adapters=adapters,
             cache=cache,
             warnings=[*self._warnings(resolved), *uncached],
         )
         # Both truncation rules only ever switch guidance off: the first step speaks for all.
         if state.guided:
-            state.uncond = self._context(negative)
+            state.uncond = self._context(negative, adapters)
         return state
 
     @torch.inference_mode()
@@ -252,6 +260,7 @@ class Pipeline:
         latents: list[Tensor] = []
         timesteps: list[float] = []
         contexts: list[Tensor] = []
+        adapters: list[Adapters] = []
         turns: list[BranchTurn | None] = []
         for state in states:
             for kind, context in zip(BRANCHES, state.contexts(), strict=False):
@@ -259,6 +268,7 @@ class Pipeline:
                     latents.append(state.sampler.evaluation_point(sample))
                     timesteps.append(state.timestep)
                     contexts.append(context)
+                    adapters.append(state.adapters)
                     turns.append(state.turn(image, kind))
         if not latents:
             return
@@ -266,7 +276,8 @@ class Pipeline:
             latents,
             torch.tensor(timesteps, dtype=torch.float32),
             contexts,
-            self.modulation.of(timesteps),
+            adapters,
+            self.modulation.of(timesteps, adapters),
         )
         packed, caches = run_blocks(self.dit, packed, turns)
         velocities, kept = iter(self.dit.head(packed)), iter(caches)
@@ -324,9 +335,9 @@ class Pipeline:
                 )
         return request.height // self.vae.downscale, request.width // self.vae.downscale
 
-    def _context(self, text: str) -> Tensor:
+    def _context(self, text: str, adapters: Adapters) -> Tensor:
         # One text at a time, so that its rounding cannot depend on its neighbours.
-        return self.dit.encode_context(self.text_encoder.encode([text]))[0]
+        return self.dit.encode_context(self.text_encoder.encode([text]), [adapters])[0]
 
     def _noise(self, seed: int, height: int, width: int) -> Tensor:
         """Start latents [C, H, W], float32, drawn on the CPU: the same on every device."""

@@ -28,10 +28,21 @@ MAX_CACHE_THRESHOLD = 10.0
 MAX_STEPS = 1000
 MIN_SIGMA_STEP = 1e-5  # nearer sigmas are one sigma in float32, and solvers divide by the distance
 MAX_PANEL_TEXT = 100  # characters
+MAX_LORAS = 8  # of one request
+MAX_LORA_NAME = 100  # characters
+MAX_LORA_SCALE = 10.0
 
 # Settings that say the same thing in two ways: where one is given, the others have no say.
 TRUNCATIONS = ("cfg_trunc_ratio", "cfg_trunc_t")
 SCHEDULE = ("num_inference_steps", "shift", "time_grid")  # what `sigmas` replaces
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """A LoRA that a request names, and the factor its change is multiplied by."""
+
+    name: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,8 @@ class GenerationRequest:
         cache: `off`, a preset of skipped steps (`balanced` or `fast`), or a number: skip while the
             estimated change of the joint blocks' output stays below it.
         preset: a preset name of the checkpoint.
+        loras: up to 8 different LoRAs of those on offer, in the order of application; each a
+            `LoraChoice` or a mapping of its fields.
     """
 
     prompt: str
@@ -90,6 +103,7 @@ class GenerationRequest:
     cfg_renorm_scale: float | None = None
     cache: str | float | None = None
     preset: str | None = None
+    loras: Sequence[LoraChoice | Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -134,6 +148,7 @@ class ResolvedRequest:
     cfg_renorm_scale: float
     cache: str | float
     preset: str | None
+    loras: tuple[LoraChoice, ...] | None
 
 
 def check_field(name: str, value: object) -> None:
@@ -288,6 +303,33 @@ def _panel(value: object) -> str | None:
     return None if known and _text(1, MAX_PANEL_TEXT)(panel["content"]) is None else allowed
 
 
+def _loras(value: object) -> str | None:
+    allowed = (
+        f"a list of at most {MAX_LORAS} different LoRAs, each with 'name' (text of 1 to "
+        f"{MAX_LORA_NAME} characters) and 'scale' (a number from -{MAX_LORA_SCALE:g} to "
+        f"{MAX_LORA_SCALE:g})"
+    )
+    if not isinstance(value, list | tuple) or len(value) > MAX_LORAS:
+        return allowed
+    names = set()
+    for each in value:
+        entry = vars(each) if isinstance(each, LoraChoice) else each
+        if not isinstance(entry, Mapping) or not {"name"} <= entry.keys() <= {"name", "scale"}:
+            return allowed
+        name, scale = entry["name"], entry.get("scale", 1.0)
+        good = _text(1, MAX_LORA_NAME)(name) is None
+        if not good or _number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(scale) is not None:
+            return allowed
+        names.add(name)
+    return None if len(names) == len(value) else allowed
+
+
+def lora_choices(request: GenerationRequest) -> tuple[LoraChoice, ...] | None:
+    """The LoRAs of a checked request; None where it names none."""
+    entries = [e if isinstance(e, LoraChoice) else LoraChoice(**e) for e in request.loras or ()]
+    return tuple(entries) or None
+
+
 def _shown(value: object) -> str:
     """A value for an error message: never long, never several lines."""
     if isinstance(value, str) and len(value) > 60:
@@ -318,7 +360,8 @@ _RULES: dict[str, _Rule] = {
     "cfg_renorm_scale": _number(0.0, 100.0),
     "cache": _cache,
     "preset": _text(1),
+    "loras": _loras,
 }
 
-_PER_REQUEST = ("prompt", "num_images", "seed", "preset")
+_PER_REQUEST = ("prompt", "num_images", "seed", "preset", "loras")
 SETTINGS = tuple(name for name in _RULES if name not in _PER_REQUEST)

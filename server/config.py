@@ -70,6 +70,9 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "bf16", "mixed"] = "auto"
     """What a worker computes in; auto: mixed on a GPU, fp32 on a CPU."""
 
+    lora_dir: Path | None = None
+    """Folder of LoRA files that requests may name."""
+
     @field_validator("warmup_sizes")
     @classmethod
     def _check_sizes(cls, sizes: str) -> str:

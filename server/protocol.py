@@ -123,6 +123,7 @@ class JobSpec(_Message):
     cfg_renorm_scale: float | None = None
     cache: str | float | None = None
     preset: str | None = None
+    loras: list[dict[str, Any]] | None = None
     partial_images: int = 0
     output_format: OutputFormat = "png"
     quality: int | None = None
@@ -242,8 +243,9 @@ class ModelInfo(_Message):
     """What the workers of a pool serve: the limits and defaults the API validates against.
 
     `defaults` holds the checkpoint's own values by JobSpec field name; `presets` the same for
-    each named preset. `step_cost_ms` is the measured time of one denoising step of one image of
-    the default size with guidance; other sizes are priced in proportion to their pixels.
+    each named preset; `loras` the names that requests may use. `step_cost_ms` is the measured time
+    of one denoising step of one image of the default size with guidance; other sizes are priced in
+    proportion to their pixels.
     """
 
     name: str
@@ -260,6 +262,7 @@ class ModelInfo(_Message):
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     presets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     templates: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,9 @@ Torch is imported when a checkpoint is loaded, not before: it takes seconds, and
 told to stop meanwhile should not have to wait for it.
 """
 
+import dataclasses
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +27,7 @@ class LoadedModel:
         pipeline: the model.
         info: its offer.
         painter: draws unfinished latents, for previews.
-        arithmetic: precision and attention backend, for logs and `lumina inspect`.
+        arithmetic: precision, attention backend and merged LoRAs, for logs and `lumina inspect`.
     """
 
     pipeline: "StepPipeline"
@@ -34,12 +36,20 @@ class LoadedModel:
     arithmetic: dict[str, str] = field(default_factory=dict)
 
 
-def load_model(folder: Path, precision: str = "auto") -> LoadedModel:
+def load_model(
+    folder: Path,
+    precision: str = "auto",
+    *,
+    merged_loras: Sequence[tuple[Path, float]] = (),
+    lora_dir: Path | None = None,
+) -> LoadedModel:
     """Load a checkpoint folder on the GPU or, without one, the CPU.
 
     Args:
         folder: of the checkpoint.
         precision: `fp32`, `bf16` or `mixed`; `auto` takes what serves best on the device.
+        merged_loras: LoRA files and factors, merged into the weights.
+        lora_dir: a folder of LoRA files that requests may name.
 
     Raises ValueError (`CheckpointError`) with one line that names the file and the fault.
     """
@@ -52,11 +62,17 @@ def load_model(folder: Path, precision: str = "auto") -> LoadedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = default_precision(device)
-    pipeline = load_pipeline(folder, device=device, precision=precision)
+    pipeline = load_pipeline(
+        folder, device=device, precision=precision, merged_loras=merged_loras, lora_dir=lora_dir
+    )
     dit = pipeline.dit
     arithmetic = {"device": device, "precision": dit.precision, "attention": dit.attention.name}
-    painter = LatentPainter(pipeline.vae)
-    return LoadedModel(pipeline, describe(pipeline, folder), painter, arithmetic)
+    info = describe(pipeline, folder)
+    if merged_loras:
+        merged = " and ".join(f"{path.name} x {scale:g}" for path, scale in merged_loras)
+        arithmetic["merged"] = merged
+        info = dataclasses.replace(info, hash=merged_hash(info.hash, merged_loras))
+    return LoadedModel(pipeline, info, LatentPainter(pipeline.vae), arithmetic)
 
 
 def describe(pipeline: "Pipeline", folder: Path) -> ModelInfo:
@@ -80,6 +96,7 @@ def describe(pipeline: "Pipeline", folder: Path) -> ModelInfo:
         defaults=dict(config.defaults),
         presets={name: dict(preset) for name, preset in config.presets.items()},
         templates=TEMPLATE_NAMES,
+        loras=pipeline.loras.names if pipeline.loras is not None else (),
     )
 
 
@@ -94,3 +111,11 @@ def checkpoint_hash(folder: Path) -> str:
         if path.is_file() and not path.name.startswith("."):
             digest.update(f"{path.relative_to(folder).as_posix()} {sha256_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def merged_hash(checkpoint: str, merged_loras: Sequence[tuple[Path, float]]) -> str:
+    """Return the sha256 that identifies a checkpoint with LoRAs merged into it."""
+    from model.checkpoint import sha256_file
+
+    parts = [f"{sha256_file(path)} {scale!r}" for path, scale in merged_loras]
+    return hashlib.sha256("\n".join([checkpoint, *parts]).encode()).hexdigest()

@@ -46,11 +46,11 @@ def free_port():
 class Service:
     """A `lumina serve` process."""
 
-    def __init__(self, model, data_dir, workers=1, **settings):
+    def __init__(self, model, data_dir, workers=1, options=(), **settings):
         self.port = free_port()
         self.lines = []
         argv = ["serve", "--model", model, "--data-dir", data_dir, "--port", self.port]
-        argv += ["--workers", workers]
+        argv += ["--workers", workers, *options]
         variables = {f"LUMINA_{name.upper()}": str(value) for name, value in settings.items()}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", *map(str, argv)],
