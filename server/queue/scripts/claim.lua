@@ -1,6 +1,7 @@
 -- ARGV: clock, worker, pool, max jobs, max cost, lease ms, idle ('1': the worker runs nothing),
 --   ttl and error of a job that missed its deadline
 -- Gives {id, claim_no, attempts, tenant, solo, waited ms, cost, spec}, ...
+write_at_maxmemory() -- what is queued must get done, or no memory is ever freed
 local worker, pool, room, lease_ms = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[6])
 local budget, idle = tonumber(ARGV[5]), ARGV[7] == '1'
 local ring, solo, drain = pool_key('ring', pool), pool_key('solo', pool), pool_key('drain', pool)

@@ -161,9 +161,12 @@ end
 
 local function late(deadline_ms) return deadline_ms and tonumber(deadline_ms) <= now end
 
--- Counters for operators; the removal lets a refusal be counted at maxmemory too.
+-- For scripts that have nothing to remove: this removes nothing, and lets them write at maxmemory.
+local function write_at_maxmemory() redis.call('HDEL', STATS, '-') end
+
+-- Counters for operators.
 local function count(what, number)
-  redis.call('HDEL', STATS, '-')
+  write_at_maxmemory()
   redis.call('HINCRBY', STATS, what, number)
 end
 
