@@ -24,6 +24,7 @@ async def bad_network(folder: Path, times: int) -> Row:
     a retry with the key is the same job, and nothing hangs for more than 5 s."""
     async with arena(folder) as it, proxy(it.redis.url.removeprefix("unix://")) as wire:
         queue = it.open_queue(wire.url)
+        await queue.preflight()  # as every process does: sends the scripts
         for _ in range(2):
             it.start_worker(LUMINA_REDIS_URL=wire.url)
         await it.ready(2)

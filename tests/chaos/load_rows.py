@@ -12,7 +12,7 @@ from server.queue.jobs import JobQueue
 from tests.chaos.arena import Arena, arena, trickle
 from tests.chaos.table import Row
 
-QUEUE_LIMIT, TENANT_LIMIT = 300, 200
+QUEUE_LIMIT, TENANT_LIMIT = 100, 60
 NO_TTL = ("seq", "epoch", "stats", "pools", "model:", "workers:", "served:", "lease", "open:")
 
 

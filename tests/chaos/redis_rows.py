@@ -177,7 +177,7 @@ async def redis_at_maxmemory(folder: Path, times: int) -> Row:
             for _ in range(30):
                 await it.submit()
             await it.queue.redis.config_set("maxmemory", 1)
-            await asyncio.sleep(1.1)  # a process looks at the memory once a second
+            await it.queue.memory_ratio(0.0)  # as upkeep does every second
             for _ in range(10):
                 try:
                     await it.queue.submit(new_job_id(), JobSpec(prompt="a", seed=1))
@@ -186,7 +186,7 @@ async def redis_at_maxmemory(folder: Path, times: int) -> Row:
                     await asyncio.sleep(0.1)
             await it.all_ended()  # still full
             await it.queue.redis.config_set("maxmemory", 0)
-            await asyncio.sleep(1.1)
+            await it.queue.memory_ratio(0.0)
         row.verdict = await it.judge()
         row.demand(not await it.charged(1), "an attempt was charged")
         return row

@@ -196,7 +196,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(tenant=st.sampled_from(TENANTS), key=st.sampled_from("xy"), body=st.sampled_from("pq"))
     def submit_with_a_key(self, tenant, key, body):
         job_id, known = new_job_id(), self.keyed.get((tenant, key))
-        options = {"tenant": tenant, "idempotency": Idempotency(key, body)}
+        options = {"tenant": tenant, "cost_ms": 9, "idempotency": Idempotency(key, body)}
         try:
             record = self.runner.run(self.queue.submit(job_id, spec(), **options))
         except IdempotencyMismatch:
