@@ -172,14 +172,27 @@ def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition"):
     raise AssertionError(f"{what} did not come true within {timeout_s} s")
 
 
+def set_clock_ahead(seconds: float) -> None:
+    """Let this process's wall clock, not its monotonic one, be wrong from here on."""
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + seconds
+    time.time_ns = lambda: now_ns() + round(seconds * 1e9)
+
+
 def run_fake_worker() -> int:
-    """`python -m tests.fakes STEP_S NUM_STEPS`: a worker process with a fake pipeline."""
+    """`python -m tests.fakes STEP_S NUM_STEPS [CLOCK_S]`: a worker process with a fake pipeline,
+    whose clock is CLOCK_S ahead of the machine's; `flaky://` stores pictures badly.
+    """
     import sys
 
     from server.config import load_settings
     from server.worker.main import run_worker
+    from tests.chaos.flaky_store import register
 
+    register()
     step_s, num_steps = float(sys.argv[1]), int(sys.argv[2])
+    if len(sys.argv) > 3:
+        set_clock_ahead(float(sys.argv[3]))
     return run_worker(load_settings(), Path("."), load=lambda *_: fake_model(step_s, num_steps))
 
 

@@ -38,28 +38,33 @@ SILENCE_S = 12.0
 class Changes:
     """One waiter's view: `next` returns when its job may have changed."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, poll_s: float = POLL_S) -> None:
         self.changed = asyncio.Event()
+        self._poll_s = poll_s
         self._deadline = time.monotonic() + timeout_s
 
     async def next(self) -> bool:
-        """Wait for a change or a second; False once the timeout is over."""
+        """Wait for a change or `poll_s`; False once the timeout is over."""
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             return False
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(POLL_S, left_s)):
+            async with asyncio.timeout(min(self._poll_s, left_s)):
                 await self.changed.wait()
         self.changed.clear()
         return True
 
 
 class ChangeListener:
-    """Listens to the channel of changed jobs while anybody waits, and survives Redis's absence."""
+    """Listens to the channel of changed jobs while anybody waits, and survives Redis's absence.
+
+    `poll_s` is how long a waiter trusts that a message would have come.
+    """
 
     def __init__(
         self, redis: "Redis", ping_s: float = PING_S, silence_s: float = SILENCE_S
     ) -> None:
+        self.poll_s = POLL_S
         self._redis = redis
         self._ping_s, self._silence_s = ping_s, silence_s
         self._waiters: dict[str, set[Changes]] = defaultdict(set)
@@ -68,7 +73,7 @@ class ChangeListener:
     @contextlib.asynccontextmanager
     async def watch(self, job_id: str, timeout_s: float) -> AsyncIterator[Changes]:
         """Collect the changes of a job from here on, for at most `timeout_s`."""
-        changes = Changes(timeout_s)
+        changes = Changes(timeout_s, self.poll_s)
         self._waiters[job_id].add(changes)
         if self._task is None:
             self._task = asyncio.create_task(self._listen())

@@ -186,10 +186,11 @@ class JobQueue(FrontDoor, PoolBoard, PreviewBoard, Outbox, EventStream):
         """Hand the job back unfinished; the attempt is not charged."""
         return bool(await self.run("release", *claim.fence))
 
-    async def wait_for_work(self, pool: str, timeout_s: float) -> None:
-        """Return when a job of the pool may be there to claim, at the latest after `timeout_s`."""
+    async def wait_for_work(self, pool: str, timeout_s: float) -> bool:
+        """Return when a job of the pool may be there to claim, at the latest after `timeout_s`;
+        whether somebody said so."""
         timeout_s = min(timeout_s, MAX_BLOCK_S)
-        await self.ask(self.redis.blpop([keys.wake(pool)], timeout=timeout_s))
+        return await self.ask(self.redis.blpop([keys.wake(pool)], timeout=timeout_s)) is not None
 
     # Any process --------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from server.protocol import DEFAULT_POOL, DEFAULT_TENANT, JobRecord, is_job_id
 from server.queue import keys
@@ -35,12 +36,15 @@ class JobReader(RedisLine):
         """Return what is known of a job, or None if there is no such job (any more)."""
         if not is_job_id(job_id):
             return None
-        fields = await self.ask(self.redis.hgetall(keys.job(job_id)))
-        if not fields:
+        return self.read_record(job_id, await self.run("record", job_id))
+
+    @staticmethod
+    def read_record(job_id: str, found: list[Any]) -> JobRecord | None:
+        """Read what the scripts say of a job; None if there is none."""
+        flat, rank = found
+        if not flat:
             return None
-        rank = None
-        if fields["status"] == "queued":
-            rank = await self.ask(self.redis.zrank(keys.queued(fields["pool"]), job_id))
+        fields = dict(zip(flat[::2], flat[1::2], strict=True))
         return record_of(job_id, fields, None if rank is None else rank + 1)
 
     async def list_jobs(

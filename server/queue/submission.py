@@ -7,7 +7,6 @@ from server.errors import (
     DeadlineTooShort,
     IdempotencyMismatch,
     InvalidRequest,
-    NotFound,
     QueueFull,
     TooManyJobs,
 )
@@ -101,16 +100,13 @@ class FrontDoor(DurableLine, JobReader):
             self.queue_limit, open_jobs, deadline_ms, round(self.lease_s * 1000), key.key_hash,
             key.body_hash, self.result_ttl * 1000, mine.daily_jobs or 0, webhook_url, int(watched),
         )  # fmt: skip
-        record = await self.get(self._accepted(answer, deadline_s, open_jobs, mine.daily_jobs))
-        if record is None:
-            raise NotFound(f"job {job_id} vanished from the queue right after it was submitted")
-        return record
+        return self._accepted(answer, deadline_s, open_jobs, mine.daily_jobs)
 
     def _accepted(
         self, answer: list[Any], deadline_s: float | None, open_jobs: int, daily_jobs: int | None
-    ) -> str:
-        """Return the id of the job that now exists, or raise why there is none."""
-        state, job_id, seq, wait_ms, each_ms = answer
+    ) -> JobRecord:
+        """Return the job that now exists, or raise why there is none."""
+        state, job_id, seq, wait_ms, each_ms, found = answer
         # A tenth of the work done means room again, for some of those who come back.
         retry_after_s = each_ms / 1000 / 10
         if state == "full":
@@ -131,4 +127,6 @@ class FrontDoor(DurableLine, JobReader):
         if state == "mismatch":
             raise IdempotencyMismatch("this Idempotency-Key was used with another body")
         self._note_seq(int(seq))
-        return str(job_id)
+        record = self.read_record(job_id, found)
+        assert record is not None, job_id
+        return record

@@ -88,7 +88,7 @@ class Intake:
         self._news: queue.SimpleQueue[Arrival | str | None] = queue.SimpleQueue()
         self._settling: set[asyncio.Task[Any]] = set()
         self._asked: Future[None] | None = None
-        self._waiting: asyncio.Future[None] | None = None
+        self._waiting: asyncio.Future[bool] | None = None
         self._stopping = False
         self._draining = False
         self._beating = asyncio.Lock()

@@ -351,10 +351,13 @@ def test_redis_away_is_a_503_within_a_second(tmp_path: Path) -> None:
                 ("GET", "/jobs/" + "0" * 26),
                 ("GET", "/readyz"),
             ]:
-                began = time.monotonic()
-                answer = await client.request(method, path, json={"prompt": "x"})
+                taken = []
+                while len(taken) < 3 and (not taken or min(taken) >= 1.0):  # a busy machine
+                    began = time.monotonic()
+                    answer = await client.request(method, path, json={"prompt": "x"})
+                    taken.append(time.monotonic() - began)
                 problem = assert_problem(answer, 503, "queue-unavailable")
-                assert time.monotonic() - began < 1.5  # 0.8 s, and a busy machine
+                assert min(taken) < 1.0
                 assert "retry-after" in answer.headers
                 assert "127.0.0.1" not in problem["detail"]
             assert (await client.get("/livez")).status_code == 200

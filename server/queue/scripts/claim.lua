@@ -2,6 +2,7 @@
 --   ttl and error of a job that missed its deadline
 -- Gives {id, claim_no, attempts, tenant, solo, waited ms, cost, spec, priority,
 --   ms to its deadline or -1}, ...
+write_at_maxmemory() -- what is queued must get done, or no memory is ever freed
 local worker, pool, room, lease_ms = ARGV[2], ARGV[3], tonumber(ARGV[4]), tonumber(ARGV[6])
 local budget, idle = tonumber(ARGV[5]), ARGV[7] == '1'
 local ring, solo, drain = pool_key('ring', pool), pool_key('solo', pool), pool_key('drain', pool)
@@ -55,7 +56,8 @@ while #claims < room and expired < EXPIRE_LIMIT do
   local priority = first[1]
   if not priority then break end
   local tenants = ring .. ':' .. priority
-  local tenant = redis.call('ZRANGE', tenants, 0, 0)[1]
+  local next_tenant = redis.call('ZRANGE', tenants, 0, 0, 'WITHSCORES')
+  local tenant = next_tenant[1]
   local id = redis.call('ZRANGE', ready_key(pool, priority, tenant), 0, 0)[1]
   local f = redis.call('HMGET', job_key(id), 'cost', 'deadline_ms')
   if not too_late(id, f[2]) then
@@ -64,7 +66,7 @@ while #claims < room and expired < EXPIRE_LIMIT do
     budget = budget - cost
     local spent = redis.call('ZINCRBY', ring, cost / WEIGHTS[priority], priority)
     redis.call('HSET', pool_key('served', pool), priority, spent, 'latest', first[2])
-    redis.call('ZINCRBY', tenants, cost, tenant)
+    redis.call('ZADD', tenants, math.ceil(tonumber(next_tenant[2])) + cost, tenant)
     leave_ready(id, pool, priority, tenant)
     take(id)
   end

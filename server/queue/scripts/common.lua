@@ -17,8 +17,10 @@ local function announce(id, kind, ...)
 end
 
 -- Enter the fair rings where the others are, so that nobody gains by having been away. The few
--- priorities keep their own time meanwhile; a tenant's is forgotten with its last job.
-local function join_rings(pool, priority, tenant)
+-- priorities keep their own time meanwhile; a tenant's is forgotten with its last job. A tenant that
+-- joins comes just before those whose last job brought them to the ring's minimum, a whole number, and
+-- behind those who have joined like it: a fraction says when.
+local function join_rings(pool, priority, tenant, seq)
   local ring = pool_key('ring', pool)
   if not redis.call('ZSCORE', ring, priority) then
     local t = redis.call('HMGET', pool_key('served', pool), priority, 'latest')
@@ -27,7 +29,8 @@ local function join_rings(pool, priority, tenant)
   local tenants = ring .. ':' .. priority
   if not redis.call('ZSCORE', tenants, tenant) then
     local first = redis.call('ZRANGE', tenants, 0, 0, 'WITHSCORES')
-    redis.call('ZADD', tenants, first[2] or 0, tenant)
+    local joined = math.ceil(tonumber(first[2] or 0)) - 1 + (1 + seq % 9998) / 10000
+    redis.call('ZADD', tenants, joined, tenant)
   end
 end
 
@@ -44,7 +47,7 @@ local function make_ready(id, pool, priority, tenant, seq, solo)
     redis.call('ZADD', pool_key('solo', pool), seq, id)
   else
     redis.call('ZADD', ready_key(pool, priority, tenant), seq, id)
-    join_rings(pool, priority, tenant)
+    join_rings(pool, priority, tenant, seq)
   end
   wake(pool)
 end
@@ -159,11 +162,23 @@ local function bury(id, error)
   return finish(id, 'failed', DEAD_TTL, 'error', error)
 end
 
+-- What is known of a job: its fields as a flat list, and its place among the queued, if it is.
+local function record(id)
+  local fields, rank = redis.call('HGETALL', job_key(id)), false
+  for i = 1, #fields, 2 do
+    if fields[i] == 'pool' then rank = redis.call('ZRANK', pool_key('queued', fields[i + 1]), id) end
+  end
+  return {fields, rank}
+end
+
 local function late(deadline_ms) return deadline_ms and tonumber(deadline_ms) <= now end
 
--- Counters for operators; the removal lets a refusal be counted at maxmemory too.
+-- For scripts that have nothing to remove: this removes nothing, and lets them write at maxmemory.
+local function write_at_maxmemory() redis.call('HDEL', STATS, '-') end
+
+-- Counters for operators.
 local function count(what, number)
-  redis.call('HDEL', STATS, '-')
+  write_at_maxmemory()
   redis.call('HINCRBY', STATS, what, number)
 end
 

@@ -1,16 +1,17 @@
 -- ARGV: clock, id, spec, tenant, pool, priority, cost, depth limit, tenant limit,
 --   deadline (ms from now, 0: none), lease ms, hash of the idempotency key ('': none), of the body,
 --   ttl of results, jobs a day (0: any), webhook ('': none), watched ('1': previews are asked for)
--- Gives {state, job id, logical time, estimated wait ms, queued work ms per worker}.
+-- Gives {state, job id, logical time, estimated wait ms, queued work ms per worker, record}.
 -- A job that exists already is left as it is: repeating a submission is safe.
 local id, spec, tenant, pool, priority = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local cost, deadline, key_hash = tonumber(ARGV[7]), tonumber(ARGV[10]), ARGV[12]
-if redis.call('EXISTS', job_key(id)) == 1 then return {'exists', id, 0, 0, 0} end
+if redis.call('EXISTS', job_key(id)) == 1 then return {'exists', id, 0, 0, 0, record(id)} end
 local idem = PREFIX .. 'idem:' .. tenant .. ':' .. key_hash
 if key_hash ~= '' then
   local known = redis.call('HMGET', idem, 'job', 'body')
   if known[1] and redis.call('EXISTS', job_key(known[1])) == 1 then
-    return {known[2] == ARGV[13] and 'exists' or 'mismatch', known[1], 0, 0, 0}
+    local state = known[2] == ARGV[13] and 'exists' or 'mismatch'
+    return {state, known[1], 0, 0, 0, record(known[1])}
   end
 end
 
@@ -27,12 +28,12 @@ workers = math.max(1, workers)
 local wait = math.floor(math.min(total, mine * weights / WEIGHTS[priority]) / workers)
 local each = math.floor(total / workers)
 
-local function refuse(why) return {why, id, 0, wait, each} end
+local function refuse(why) return {why, id, 0, wait, each, {}} end
 if redis.call('ZCARD', pool_key('queued', pool)) >= tonumber(ARGV[8]) then return refuse('full') end
 if redis.call('ZCARD', open_key(tenant)) >= tonumber(ARGV[9]) then return refuse('tenant') end
 local daily = tonumber(ARGV[15])
 if daily > 0 and tonumber(redis.call('HGET', usage_key(tenant), 'jobs') or 0) >= daily then
-  return {'quota', id, 0, DAY - now % DAY, each}
+  return {'quota', id, 0, DAY - now % DAY, each, {}}
 end
 if deadline > 0 and wait + cost > deadline then return refuse('late') end
 
@@ -49,4 +50,4 @@ if key_hash ~= '' then
   redis.call('HSET', idem, 'job', id, 'body', ARGV[13])
   redis.call('PEXPIRE', idem, IDEM_TTL)
 end
-return {'queued', id, seq, wait, each}
+return {'queued', id, seq, wait, each, record(id)}
