@@ -27,7 +27,7 @@ from server.worker.loading import LoadedModel, load_model
 from server.worker.output import Output
 from server.worker.preview import Painter, Previews
 from server.worker.pulse import Pulse
-from server.worker.warmup import compiled_graphs, warm_up
+from server.worker.warmup import WarmUp, compiled_graphs, warm_up
 
 log = structlog.get_logger(__name__)
 
@@ -207,27 +207,28 @@ def run_worker(
     load_s = round(time.monotonic() - started, 2)
     log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s, **model.arithmetic)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
-    log.info(
-        "warmed up", cost=dataclasses.asdict(warm.cost), memory=dataclasses.asdict(warm.memory)
-    )
-    scheduler = Scheduler(
-        max_running=settings.max_running,
-        max_step_tokens=settings.max_step_tokens,
-        budget=StepBudget(settings.max_step_tokens, warm.cost, warm.memory),
-    )
-    worker = Worker(
-        scheduler,
-        Engine(model.pipeline, pulse.beat, scheduler.out_of_memory),
-        intake,
-        Output(intake, BlobStore(settings.blob_store_url), info.name, info.hash),
-        pulse,
-        model.painter,
-    )
+    worker = _make_worker(settings, model, warm, intake, pulse)
     _stop_on_signals(worker)
     intake.start(info)
     worker.run(settings.drain_s)
     _leave_at_once()
     return 0
+
+
+def _make_worker(
+    settings: Settings, model: LoadedModel, warm: WarmUp, intake: Intake, pulse: Pulse
+) -> Worker:
+    """A worker whose scheduler knows what the warm-up measured."""
+    costs = {"cost": dataclasses.asdict(warm.cost), "memory": dataclasses.asdict(warm.memory)}
+    log.info("warmed up", **costs)
+    scheduler = Scheduler(
+        max_running=settings.max_running,
+        max_step_tokens=settings.max_step_tokens,
+        budget=StepBudget(settings.max_step_tokens, warm.cost, warm.memory),
+    )
+    output = Output(intake, BlobStore(settings.blob_store_url), warm.info.name, warm.info.hash)
+    engine = Engine(model.pipeline, pulse.beat, scheduler.out_of_memory)
+    return Worker(scheduler, engine, intake, output, pulse, model.painter)
 
 
 def _stop_on_signals(worker: Worker) -> None:
