@@ -93,7 +93,8 @@ def main() -> None:
     lines = [
         "# Who steps together: policies compared in simulated time",
         "",
-        "`make bench-scheduler` writes this page. Poisson arrivals; 50 steps, the first 12 guided; "
+        "`make bench-scheduler` writes this page. Poisson arrivals; 100 text tokens; 50 steps, the "
+        "first 12 guided; "
         f"{len(given.seeds)} traces of {given.jobs} jobs. Small: up to 512 px (on the CPU: 64 px). "
         "Largest: 1536 px (128 px). Solo: the time a job takes alone.",
     ]

@@ -13,9 +13,11 @@ from server.queue.blobs import BlobStore
 from server.queue.connection import connect
 from server.queue.jobs import JobQueue
 from server.queue.keys import PREVIEW_LIMIT_BYTES
+from server.worker.loading import load_model
 from server.worker.preview import encode_preview, partial_number
 from tests.fakes import FakePipeline, wait_until
 from tests.server.worker.test_main import worker_thread
+from tests.tiny_checkpoint import make_tiny_checkpoint
 
 
 class FakePainter:
@@ -131,3 +133,23 @@ def test_any_picture_fits_into_a_preview():
     assert len(data) <= PREVIEW_LIMIT_BYTES
     with Image.open(io.BytesIO(data)) as picture:
         assert picture.size[0] in (256, 512, 1024)
+
+
+@pytest.mark.slow
+def test_a_real_model_draws_previews_beside_its_steps(redis_url, blobs, tmp_path):
+    model = load_model(make_tiny_checkpoint(tmp_path / "tiny"))
+    with worker_thread(redis_url, blobs, model.pipeline, painter=model.painter):
+        job_id = submit(
+            redis_url, watched=True, num_inference_steps=40, partial_images=2, width=64, height=48
+        )
+
+        async def pictures(queue):
+            partials = [await queue.partial(job_id, 0, k) for k in range(2)]
+            return await queue.preview(job_id), *partials
+
+        found = wait_until(lambda: all(p := ask(redis_url, pictures)) and p, 60.0)
+        record = ask(redis_url, lambda queue: queue.wait(job_id, 60))
+    assert record.status == "succeeded"
+    sizes = [Image.open(io.BytesIO(data)).size for data in found]
+    assert sizes == [(256, 192), (64, 48), (64, 48)]
+    assert found[1] != found[2]
