@@ -55,7 +55,8 @@ def replay(name: str, policy: str, seeds: tuple[int, ...], num_jobs: int) -> lis
 def row(outcomes: list[Outcome], sizes: list[int]) -> dict[str, float]:
     """The figures of one line."""
     everybody = Summary.of(outcomes)
-    small = Summary.of(outcomes, lambda size: size <= max(SMALL, sizes[0]))
+    limit = SMALL if SMALL in sizes else sizes[0]
+    small = Summary.of(outcomes, lambda size: size <= limit)
     largest = Summary.of(outcomes, lambda size: size == sizes[-1])
     within = sum(outcome.stretch <= 5 for outcome in outcomes) / len(outcomes)
     return {
