@@ -153,17 +153,15 @@ class NextDiT(nn.Module):
             timesteps: ``[n]`` in [0, 1].
             contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`, with the same adapters.
             adapters: the LoRAs of each sample; None: none anywhere.
-            modulation: of a `ModulationTable` for these timesteps, which then are not looked at,
-                and these adapters.
+            modulation: looked up for these adapters and timesteps, which then do not count.
         """
         self._check_batch(latents, timesteps, contexts)
-        p = self.config.patch_size
         own = adapters or [()] * len(latents)
         order = _packing_order(latents, contexts, own)
         own = [own[i] for i in order]
         latents = [latents[i] for i in order]
         contexts = [contexts[i] for i in order]
-        grids = [(x.shape[1] // p, x.shape[2] // p) for x in latents]
+        grids = [self._grid(x) for x in latents]
         image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
         adapted = Adapted.of(own, lengths)
         time_embedding = None
@@ -281,6 +279,11 @@ class NextDiT(nn.Module):
                     f"latents of shape {list(x.shape)} must be [{channels}, H, W] with H and W "
                     f"positive multiples of {p}"
                 )
+
+    def _grid(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        p = self.config.patch_size
+        return latents.shape[1] // p, latents.shape[2] // p
 
     def _image_rotary(
         self, grids: Sequence[tuple[int, int]], contexts: Sequence[Tensor]
