@@ -13,7 +13,7 @@ from server.queue.connection import connect
 from server.queue.jobs import JobQueue
 
 MAX_US = 1000
-MAX_US_PER_JOB = 1500
+MAX_US_PER_JOB = 2000
 
 
 async def own_us(queue, depth, number):
@@ -25,7 +25,7 @@ def check(redis_url, long_depth, number):
     async def measure():
         queue = JobQueue(connect(redis_url))
         try:
-            job = await redis_us_per_job(queue, 500)
+            job = await redis_us_per_job(queue, 800)
             return job, await own_us(queue, 100, number), await own_us(queue, long_depth, number)
         finally:
             await queue.close()
