@@ -30,7 +30,8 @@ local wait = math.floor(math.min(total, mine * weights / WEIGHTS[priority]) / wo
 local each = math.floor(total / workers)
 
 local function refuse(why) return {why, id, 0, wait, each, {}} end
-if redis.call('ZCARD', pool_key('queued', pool)) >= tonumber(ARGV[8]) then return refuse('full') end
+local depth = redis.call('ZCARD', pool_key('queued', pool))
+if depth >= tonumber(ARGV[8]) then return refuse('full') end
 if redis.call('ZCARD', open_key(tenant)) >= tonumber(ARGV[9]) then return refuse('tenant') end
 local daily = tonumber(ARGV[15])
 if daily > 0 and tonumber(redis.call('HGET', usage_key(tenant), 'jobs') or 0) >= daily then
@@ -51,5 +52,4 @@ if key_hash ~= '' then
   redis.call('HSET', idem, 'job', id, 'body', ARGV[13])
   redis.call('PEXPIRE', idem, IDEM_TTL)
 end
-local rank = redis.call('ZCARD', pool_key('queued', pool)) - 1
-return {'queued', id, seq, wait, each, {now, rank}}
+return {'queued', id, seq, wait, each, {now, depth}}
