@@ -59,7 +59,9 @@ Model = Annotated[
 ]
 RedisUrl = Annotated[
     str | None,
-    typer.Option(help="Redis to use, as redis://, rediss:// or unix://.", show_default=False),
+    typer.Option(
+        help="Redis to use, as redis://, rediss://, unix:// or sentinel://.", show_default=False
+    ),
 ]
 Precision = Annotated[
     str | None,

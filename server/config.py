@@ -40,9 +40,6 @@ class Settings(BaseSettings):
     """What an acknowledged job must have outlived: a second of Redis's memory, its disk's sync, or
     the loss of its server (docs/reliability.md)."""
 
-    signing_key: str = ""
-    """Secret of signed picture URLs; empty: one that all API processes share through Redis."""
-
     lease_s: float = Field(default=15.0, ge=0.5)
     max_attempts: int = Field(default=3, ge=1)
     queue_limit: int = Field(default=1000, ge=1)

@@ -77,8 +77,10 @@ class _Message:
 
     def to_json(self) -> str:
         """Return compact JSON with the fields in their order of declaration."""
-        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return json.dumps(fields, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        # Nested messages through `default`: `dataclasses.asdict` copies everything, and is slow.
+        return json.dumps(
+            vars(self), default=vars, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:

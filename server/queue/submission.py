@@ -1,13 +1,13 @@
 """FrontDoor: admits jobs, or says why not. Nothing that is refused leaves a trace."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from server.errors import (
     DeadlineTooShort,
     IdempotencyMismatch,
     InvalidRequest,
     QueueFull,
+    ServerError,
     TooManyJobs,
 )
 from server.protocol import (
@@ -100,33 +100,43 @@ class FrontDoor(DurableLine, JobReader):
             self.queue_limit, open_jobs, deadline_ms, round(self.lease_s * 1000), key.key_hash,
             key.body_hash, self.result_ttl * 1000, mine.daily_jobs or 0, webhook_url, int(watched),
         )  # fmt: skip
-        return self._accepted(answer, deadline_s, open_jobs, mine.daily_jobs)
+        state, _, seq, wait_ms, each_ms, found = answer
+        if state not in ("queued", "exists"):
+            raise self._refusal(state, wait_ms, each_ms, deadline_s, open_jobs, mine.daily_jobs)
+        self._note_seq(seq)
+        if state == "exists":
+            record = self.read_record(answer[1], found)
+            assert record is not None, answer[1]
+            return record
+        now, rank = found
+        return JobRecord(
+            id=job_id, status="queued", tenant=tenant, pool=pool, priority=priority, spec=spec,
+            step=0, total=0, position=rank + 1, attempts=0, claim_no=0, worker=None,
+            submitted_ms=now, started_ms=None, finished_ms=None, expires_ms=None, error=None,
+            result=None, deadline_ms=now + deadline_ms if deadline_ms else None,
+        )  # fmt: skip
 
-    def _accepted(
-        self, answer: list[Any], deadline_s: float | None, open_jobs: int, daily_jobs: int | None
-    ) -> JobRecord:
-        """Return the job that now exists, or raise why there is none."""
-        state, job_id, seq, wait_ms, each_ms, found = answer
+    def _refusal(
+        self, state: str, wait_ms: int, each_ms: int, deadline_s: float | None, open_jobs: int,
+        daily_jobs: int | None,
+    ) -> ServerError:  # fmt: skip
+        """Return why there is no such job."""
         # A tenth of the work done means room again, for some of those who come back.
         retry_after_s = each_ms / 1000 / 10
         if state == "full":
             sentence = f"the queue holds {self.queue_limit} jobs, its limit; try again later"
-            raise QueueFull(sentence, retry_after_s)
+            return QueueFull(sentence, retry_after_s)
         if state == "tenant":
             sentence = f"you have {open_jobs} jobs that have not ended, the limit"
-            raise TooManyJobs(sentence, retry_after_s)
+            return TooManyJobs(sentence, retry_after_s)
         if state == "quota":
             sentence = f"you have submitted {daily_jobs} jobs today (UTC), the limit"
-            raise TooManyJobs(sentence, wait_ms / 1000)
+            return TooManyJobs(sentence, wait_ms / 1000)
         if state == "late":
             sentence = (
                 f"deadline_s {deadline_s:g} is too short: the estimated wait is "
                 f"{wait_ms / 1000:.1f} s"
             )
-            raise DeadlineTooShort(sentence, wait_ms / 1000)
-        if state == "mismatch":
-            raise IdempotencyMismatch("this Idempotency-Key was used with another body")
-        self._note_seq(int(seq))
-        record = self.read_record(job_id, found)
-        assert record is not None, job_id
-        return record
+            return DeadlineTooShort(sentence, wait_ms / 1000)
+        assert state == "mismatch", state
+        return IdempotencyMismatch("this Idempotency-Key was used with another body")

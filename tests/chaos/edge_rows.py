@@ -58,7 +58,7 @@ async def bad_network(folder: Path, times: int) -> Row:
 async def reader_killed_mid_stream(folder: Path, times: int) -> Row:
     """A process that tells a job's story is killed; the next goes on without a gap or a repeat."""
     async with arena(folder) as it:
-        it.start_worker(step_s=0.05, num_steps=100)
+        it.start_worker(step_s=0.05, num_steps=200)
         await it.ready(1)
         row = Row("reader killed mid-stream", 0)
         for _ in range(times):
@@ -66,13 +66,13 @@ async def reader_killed_mid_stream(folder: Path, times: int) -> Row:
             told: list[str] = []
             while not told or told[-1].split()[1] != "succeeded":
                 after = told[-1].split()[0] if told else "0-0"
-                told += await _read_some(it.redis.url, job_id, after, random.uniform(0.3, 2.0))
+                told += await _read_some(it.redis.url, job_id, after, random.uniform(0.3, 1.0))
                 row.faults += 1
             whole = [f"{event.id} {event.type}" for event in await _story(it.queue, job_id)]
             row.demand(told == whole, f"{job_id}: told {len(told)} of {len(whole)} events")
         await it.all_ended()
         row.verdict = await it.judge()
-        row.demand(row.faults > 2 * times, "no reader was killed in the middle")
+        row.demand(row.faults > times, "no reader was killed in the middle")
         return row
 
 

@@ -146,10 +146,10 @@ async def clocks_ten_minutes_wrong(folder: Path, times: int) -> Row:
             it.start_worker(num_steps=150, clock_s=ahead_s)  # three seconds: longer than a lease
         await it.ready(2)
         row = Row("client clock +-10 min", times, limit_s=1.0)
-        lasting = [await it.submit(deadline_s=600.0) for _ in range(8)]
+        lasting = [await it.submit(deadline_s=600.0, cost_ms=1) for _ in range(8)]
         late = []
         for _ in range(times):
-            late.append(await it.submit("late", deadline_s=1.0))
+            late.append(await it.submit("late", deadline_s=1.0, cost_ms=1))
             await asyncio.sleep(0.2)
         await it.all_ended()
         row.verdict = await it.judge("succeeded", "expired")

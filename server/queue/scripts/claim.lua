@@ -16,10 +16,13 @@ local function too_late(id, deadline_ms)
   return true
 end
 
-local function take(id)
+local function look(id)
+  return redis.call('HMGET', job_key(id), 'tenant', 'solo', 'submitted_ms', 'cost', 'spec',
+    'priority', 'claim_no', 'attempts', 'started_ms', 'deadline_ms')
+end
+
+local function take(id, f)
   local job = job_key(id)
-  local f = redis.call('HMGET', job, 'tenant', 'solo', 'submitted_ms', 'cost', 'spec', 'priority',
-    'claim_no', 'attempts', 'started_ms', 'deadline_ms')
   local claim_no, attempts = f[7] + 1, f[8] + 1
   redis.call('HSET', job, 'status', 'running', 'worker', worker, 'step', 0, 'claim_no', claim_no,
     'attempts', attempts, 'started_ms', f[9] or now)
@@ -30,19 +33,27 @@ local function take(id)
     f[10] and f[10] - now or -1}
 end
 
+-- The oldest solo job with its fields. One without a record, as an evicting Redis leaves behind, would
+-- stop every claim for ever: it is forgotten, here and below.
 local function next_lone()
-  local id = redis.call('ZRANGE', solo, 0, 0)[1]
-  while id and expired < EXPIRE_LIMIT and too_late(id, redis.call('HGET', job_key(id), 'deadline_ms')) do
-    id = redis.call('ZRANGE', solo, 0, 0)[1]
+  while expired < EXPIRE_LIMIT do
+    local id = redis.call('ZRANGE', solo, 0, 0)[1]
+    local f = id and look(id)
+    if not id then return nil end
+    if not f[1] then
+      redis.call('ZREM', solo, id)
+    elseif not too_late(id, f[10]) then
+      return id, f
+    end
   end
-  return id
 end
 
-local lone = room > 0 and next_lone()
+local lone, fields
+if room > 0 then lone, fields = next_lone() end
 if lone and idle then
   redis.call('ZREM', solo, lone)
   redis.call('DEL', drain)
-  take(lone)
+  take(lone, fields)
   return claims
 end
 -- A solo job needs an idle worker; one busy worker at a time takes nothing new until it is.
@@ -59,16 +70,18 @@ while #claims < room and expired < EXPIRE_LIMIT do
   local next_tenant = redis.call('ZRANGE', tenants, 0, 0, 'WITHSCORES')
   local tenant = next_tenant[1]
   local id = redis.call('ZRANGE', ready_key(pool, priority, tenant), 0, 0)[1]
-  local f = redis.call('HMGET', job_key(id), 'cost', 'deadline_ms')
-  if not too_late(id, f[2]) then
-    local cost = tonumber(f[1])
+  local f = look(id)
+  if not f[1] then
+    leave_ready(id, pool, priority, tenant)
+  elseif not too_late(id, f[10]) then
+    local cost = tonumber(f[4])
     if cost > budget and not (idle and #claims == 0) then break end
     budget = budget - cost
     local spent = redis.call('ZINCRBY', ring, cost / WEIGHTS[priority], priority)
     redis.call('HSET', pool_key('served', pool), priority, spent, 'latest', first[2])
     redis.call('ZADD', tenants, math.ceil(tonumber(next_tenant[2])) + cost, tenant)
     leave_ready(id, pool, priority, tenant)
-    take(id)
+    take(id, f)
   end
 end
 return claims

@@ -87,7 +87,8 @@ local function list(id, tenant, seq, ttl)
     if not redis.call('ZSCORE', open_key(tenant), other) then redis.call('ZREM', listed, other) end
   end
   redis.call('ZADD', listed, seq, id)
-  redis.call('PEXPIRE', listed, math.max(ttl, DEAD_TTL))
+  local life = math.max(ttl, DEAD_TTL)
+  if redis.call('PTTL', listed) < life - DAY / 2 then redis.call('PEXPIRE', listed, life) end
 end
 
 local function usage_key(tenant) return PREFIX .. 'usage:' .. tenant .. ':' .. math.floor(now / DAY) end
@@ -102,9 +103,8 @@ local function create(id, spec, tenant, pool, priority, cost, ttl, ...)
   redis.call('ZADD', open_key(tenant), seq, id)
   list(id, tenant, seq, ttl)
   local usage = usage_key(tenant)
-  redis.call('HINCRBY', usage, 'jobs', 1)
+  if redis.call('HINCRBY', usage, 'jobs', 1) == 1 then redis.call('PEXPIRE', usage, USAGE_TTL) end
   redis.call('HINCRBY', usage, 'cost_ms', cost)
-  redis.call('PEXPIRE', usage, USAGE_TTL)
   make_ready(id, pool, priority, tenant, seq)
   announce(id, 'queued')
   return seq

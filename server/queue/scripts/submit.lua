@@ -1,7 +1,8 @@
 -- ARGV: clock, id, spec, tenant, pool, priority, cost, depth limit, tenant limit,
 --   deadline (ms from now, 0: none), lease ms, hash of the idempotency key ('': none), of the body,
 --   ttl of results, jobs a day (0: any), webhook ('': none), watched ('1': previews are asked for)
--- Gives {state, job id, logical time, estimated wait ms, queued work ms per worker, record}.
+-- Gives {state, job id, logical time, estimated wait ms, queued work ms per worker, found}: `found` is
+--   the record of a job that exists, {now, rank} of a new one.
 -- A job that exists already is left as it is: repeating a submission is safe.
 local id, spec, tenant, pool, priority = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local cost, deadline, key_hash = tonumber(ARGV[7]), tonumber(ARGV[10]), ARGV[12]
@@ -29,7 +30,8 @@ local wait = math.floor(math.min(total, mine * weights / WEIGHTS[priority]) / wo
 local each = math.floor(total / workers)
 
 local function refuse(why) return {why, id, 0, wait, each, {}} end
-if redis.call('ZCARD', pool_key('queued', pool)) >= tonumber(ARGV[8]) then return refuse('full') end
+local depth = redis.call('ZCARD', pool_key('queued', pool))
+if depth >= tonumber(ARGV[8]) then return refuse('full') end
 if redis.call('ZCARD', open_key(tenant)) >= tonumber(ARGV[9]) then return refuse('tenant') end
 local daily = tonumber(ARGV[15])
 if daily > 0 and tonumber(redis.call('HGET', usage_key(tenant), 'jobs') or 0) >= daily then
@@ -50,4 +52,4 @@ if key_hash ~= '' then
   redis.call('HSET', idem, 'job', id, 'body', ARGV[13])
   redis.call('PEXPIRE', idem, IDEM_TTL)
 end
-return {'queued', id, seq, wait, each, record(id)}
+return {'queued', id, seq, wait, each, {now, depth}}

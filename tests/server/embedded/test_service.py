@@ -209,6 +209,12 @@ def test_a_taken_port_is_one_clear_error(tmp_path):
             run_service(Settings(data_dir=tmp_path), tmp_path, port=port)
 
 
+@pytest.mark.usefixtures("kept_logging")
+def test_an_embedded_redis_has_no_replica(tmp_path):
+    with pytest.raises(ServiceError, match="LUMINA_DURABILITY=replica needs"):
+        run_service(Settings(data_dir=tmp_path, durability="replica"), tmp_path, port=free_port())
+
+
 def test_what_an_earlier_run_offered_is_forgotten(redis_url):
     with Redis.from_url(redis_url) as client:
         for key in (keys.model("default"), keys.worker("w1"), keys.job("x")):

@@ -151,3 +151,19 @@ def test_a_pool_sees_its_own_jobs_only(in_queue):
         assert [c.job_id for c in await queue.claim("w2", "other", 9, 1e9)] == [other]
 
     in_queue(test)
+
+
+def test_a_job_whose_record_is_gone_stops_nobody(in_queue, clock):
+    """As an evicting Redis leaves behind, against which the preflight warns."""
+
+    async def test(queue):
+        gone, alone = await submit(queue), await submit(queue)
+        await queue.redis.delete(keys.job(gone))
+        assert (await claim_one(queue)).job_id == alone
+        clock.advance(16)
+        await queue.reap()
+        await queue.redis.delete(keys.job(alone))  # now among the solo ones
+        fine = await submit(queue)
+        assert (await claim_one(queue)).job_id == fine
+
+    in_queue(test)
