@@ -41,6 +41,7 @@ def test_names_and_bounds_agree_with_the_model() -> None:
     assert choices_of(GenerateBody, "sampler") == set(SAMPLERS)
     assert choices_of(GenerateBody, "time_grid") == set(TIME_GRIDS)
     assert choices_of(GenerateBody, "cfg_renorm") == set(model_request.CFG_RENORMS)
+    assert choices_of(GenerateBody, "cache") == {"off", *model_request.CACHE_PRESETS}
     assert choices_of(PanelBody, "position") == set(PANEL_POSITIONS)
     assert PanelBody().model_dump() == dataclasses.asdict(Panel())
     for ours, theirs in (
