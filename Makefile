@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test test-slow fmt bench bench-queue chaos lint
+.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue chaos lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -59,8 +59,12 @@ fmt: $(STAMP) ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## one packed forward against diffusers' calls, on this machine
-	$(BIN)/python -m benchmarks.bench_packed $(ARGS)
+bench: $(STAMP) ## a packed forward and a crowd of requests against diffusers; the counters
+	$(BIN)/python -m benchmarks.counters
+	$(BIN)/python -m benchmarks.bench_vs_diffusers $(ARGS)
+
+bench-scheduler: $(STAMP) ## FIFO, round-robin and our policy in simulated time (about 3 minutes)
+	$(BIN)/python -m benchmarks.bench_scheduler $(ARGS)
 
 bench-queue: $(STAMP) ## jobs a second through the queue without a model, and what each call costs
 	$(BIN)/python -m benchmarks.bench_queue $(ARGS)

@@ -13,20 +13,21 @@ import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import AsyncIterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from redis.asyncio import Redis
-
 from server.embedded import EmbeddedRedis
-from server.protocol import JobResult, JobSpec, StepCounts, Timings, new_job_id
+from server.protocol import JobError, JobResult, JobSpec, StepCounts, Timings, new_job_id
 from server.queue.connection import connect
-from server.queue.jobs import JobQueue
+from server.queue.jobs import Claim, JobQueue
 
 RESULTS = Path(__file__).parent / "results"
 POOL, WORKER = "default", "w1"
 BATCH = 100
+LANES = 4
 DEPTHS = (100, 100_000)
 CALLS = 300
 SPEC = JobSpec(prompt="a red circle above a blue square", seed=7).to_json()
@@ -39,62 +40,101 @@ RESULT = JobResult(
 )
 
 
-def submission(tenant: int) -> list[str | int]:
+def submission(tenant: int, pool: str = POOL) -> list[str | int]:
     """Arguments of one submit script: no limits, no deadline, no key."""
     limits = (10**9, 10**9, 0, 15_000)
-    return [new_job_id(), SPEC, f"t{tenant % 20}", POOL, "normal", 1000, *limits, "", ""]
+    job = [new_job_id(), SPEC, f"t{tenant % 20}", pool, "normal", 1000]
+    return [*job, *limits, "", "", 3_600_000, 0, "", 0]
 
 
-async def fill(queue: JobQueue, jobs: int) -> None:
+async def fill(queue: JobQueue, jobs: int, pool: str = POOL) -> None:
     """Queue `jobs` jobs of 20 tenants, pipelined."""
     for first in range(0, jobs, BATCH):
         size = min(BATCH, jobs - first)
-        await queue.run_all("submit", [submission(first + i) for i in range(size)])
+        await queue.run_all("submit", [submission(first + i, pool) for i in range(size)])
 
 
 async def throughput(queue: JobQueue, jobs: int) -> float:
-    """Jobs a second from submission to commit: pipelined submits and commits, batched claims."""
+    """Jobs a second from submission to commit: pipelined submits and commits, batched claims.
+
+    Several lanes, each in a pool of its own, so that Redis works while the client does.
+    """
+
+    async def lane(pool: str) -> None:
+        for _ in range(jobs // BATCH // LANES):
+            await fill(queue, BATCH, pool)
+            claims = await queue.claim(WORKER, pool, BATCH, 1e12)
+            assert len(claims) == BATCH
+            commits = [[*claim.fence, RESULT.to_json(), 3_600_000, 4] for claim in claims]
+            assert all(await queue.run_all("complete", commits))
+
     started = time.perf_counter()
-    for _ in range(jobs // BATCH):
-        await fill(queue, BATCH)
-        claims = await queue.claim(WORKER, POOL, BATCH, 1e12)
-        assert len(claims) == BATCH
-        commits = [[*claim.fence, RESULT.to_json(), 3_600_000, 4] for claim in claims]
-        assert all(await queue.run_all("complete", commits))
+    await asyncio.gather(*(lane(f"lane{number}") for number in range(LANES)))
     return jobs / (time.perf_counter() - started)
 
 
-async def call_times(queue: JobQueue) -> dict[str, list[float]]:
-    """Milliseconds of each call, one after another, as a caller sees them."""
-    taken: dict[str, list[float]] = {}
+async def calls(queue: JobQueue, number: int = CALLS) -> AsyncIterator[tuple[str, list[Any]]]:
+    """Every script in turn, `number` calls of each; the queue is as long afterwards as before."""
+    reasons = JobError(code="internal", detail="measured")
+    yield "submit", [partial(queue.run, "submit", *submission(i)) for i in range(number)]
+    claims: list[Claim] = []
 
-    async def timed(name: str, call: Any) -> Any:
-        started = time.perf_counter()
-        answer = await call
-        taken.setdefault(name, []).append(1000 * (time.perf_counter() - started))
-        return answer
+    async def claim() -> None:
+        claims.extend(await queue.claim(WORKER, POOL, 1, 1e12))
 
-    for number in range(CALLS):
-        await timed("submit", queue.run("submit", *submission(number)))
-        (claim,) = await timed("claim", queue.claim(WORKER, POOL, 1, 1e12))
-        await timed("heartbeat", queue.heartbeat(WORKER, POOL, [claim]))
-        await timed("progress", queue.progress(claim, 1, 4))
-        await timed("reap", queue.reap())
-        if number % 3 == 0:
-            await timed("release", queue.release(claim))
-            await timed("cancel", queue.run("cancel", claim.job_id, 3_600_000))
-        else:
-            await timed("complete", queue.complete(claim, RESULT))
-    return taken
+    yield "claim", [claim] * number
+    yield "heartbeat", [partial(queue.heartbeat, WORKER, POOL, [each]) for each in claims]
+    yield "progress", [partial(queue.progress, each, 1, 4) for each in claims]
+    third = len(claims) // 3
+    yield "complete", [partial(queue.complete, each, RESULT) for each in claims[:third]]
+    yield "fail", [partial(queue.fail, each, reasons, False) for each in claims[third : 2 * third]]
+    held = claims[2 * third :]
+    yield "release", [partial(queue.release, each) for each in held]
+    yield "cancel", [partial(queue.run, "cancel", each.job_id, 3_600_000) for each in held]
+    yield "reap", [queue.reap] * number
 
 
-async def script_us(redis: Redis) -> dict[str, float]:
-    """Redis' own microseconds per call of a script, since the last reset."""
-    stats = await redis.info("commandstats")
+async def cost_of_calls(queue: JobQueue, number: int = CALLS) -> dict[str, dict[str, float]]:
+    """What each script costs by name: p50 and p99 in ms as a caller sees them, one after another,
+    and Redis' own microseconds (`INFO commandstats`), which a busy machine stretches little."""
+    costs = {}
+    async for name, some in calls(queue, number):
+        await queue.redis.config_resetstat()
+        taken = []
+        for call in some:
+            started = time.perf_counter()
+            await call()
+            taken.append(1000 * (time.perf_counter() - started))
+        own = (await queue.redis.info("commandstats"))["cmdstat_evalsha"]["usec_per_call"]
+        costs[name] = {
+            "p50_ms": round(percentile(taken, 0.5), 3),
+            "p99_ms": round(percentile(taken, 0.99), 3),
+            "redis_us": own,
+        }
+    return costs
+
+
+async def redis_us_per_job(queue: JobQueue, jobs: int = 1200) -> float:
+    """Redis' own microseconds for a job from submission to commit, pipelined and batched."""
+    await queue.redis.config_resetstat()
+    await throughput(queue, jobs)
+    stats = await queue.redis.info("commandstats")
+    return float(stats["cmdstat_evalsha"]["usec"]) / jobs
+
+
+async def cpu_us_per_job(queue: JobQueue, jobs: int) -> dict[str, float]:
+    """Processor time of a job in Redis and in the client, which others' load hardly changes: each
+    has a core of its own, so the larger bounds the rate."""
+
+    async def redis_s() -> float:
+        used = await queue.redis.info("cpu")
+        return float(used["used_cpu_user"] + used["used_cpu_sys"])
+
+    redis, client = await redis_s(), time.process_time()
+    await throughput(queue, jobs)
     return {
-        name.removeprefix("cmdstat_"): values["usec_per_call"]
-        for name, values in stats.items()
-        if name in ("cmdstat_evalsha", "cmdstat_hgetall")
+        "redis": round(1e6 * (await redis_s() - redis) / jobs, 1),
+        "client": round(1e6 * (time.process_time() - client) / jobs, 1),
     }
 
 
@@ -108,18 +148,16 @@ async def measure(url: str, jobs: int) -> dict[str, Any]:
     """All figures on one fresh Redis."""
     queue = JobQueue(connect(url))
     try:
-        await throughput(queue, BATCH)
+        await throughput(queue, LANES * BATCH)
         rates = [await throughput(queue, jobs // 5) for _ in range(5)]
-        figures: dict[str, Any] = {"jobs_per_s": round(statistics.median(rates))}
+        figures: dict[str, Any] = {
+            "jobs_per_s": round(statistics.median(rates)),
+            "redis_us_per_job": round(await redis_us_per_job(queue), 1),
+            "cpu_us_per_job": await cpu_us_per_job(queue, jobs // 2),
+        }
         for depth in DEPTHS:
             await fill(queue, depth - await queue.depth())
-            await queue.redis.config_resetstat()
-            taken = await call_times(queue)
-            figures[f"depth_{depth}"] = {
-                "p50_ms": {name: round(percentile(v, 0.5), 3) for name, v in taken.items()},
-                "p99_ms": {name: round(percentile(v, 0.99), 3) for name, v in taken.items()},
-                "redis_us_per_call": await script_us(queue.redis),
-            }
+            figures[f"depth_{depth}"] = await cost_of_calls(queue)
         figures["redis"] = (await queue.redis.info("server"))["redis_version"]
         return figures
     finally:
@@ -154,13 +192,15 @@ def main() -> None:
             redis.stop()
     rate, load = figures["jobs_per_s"], around["load_before"]
     print(f"submit + claim + complete: {rate} jobs/s (load before: {load})")
-    small, large = (figures[f"depth_{depth}"]["p99_ms"] for depth in DEPTHS)
-    print(f"{'p99 ms':<12}" + "".join(f"{depth:>10} queued" for depth in DEPTHS))
-    for name in small:
-        print(f"{name:<12}{small[name]:>17.2f}{large[name]:>17.2f}")
-    for depth in DEPTHS:
-        own = figures[f"depth_{depth}"]["redis_us_per_call"]
-        print(f"Redis' own us per call at {depth} queued: {own}")
+    cpu = figures["cpu_us_per_job"]
+    print(f"Redis' own time: {figures['redis_us_per_job']} us a job")
+    print(f"processor time a job: Redis {cpu['redis']} us, client {cpu['client']} us")
+    head = ("p50 ms", "p99 ms", "Redis us")
+    print(f"{'':<12}" + "".join(f"{f'{depth} queued':>36}" for depth in DEPTHS))
+    print(f"{'script':<12}" + "".join(f"{name:>12}" for name in head * len(DEPTHS)))
+    for name in figures[f"depth_{DEPTHS[0]}"]:
+        rows = [figures[f"depth_{depth}"][name] for depth in DEPTHS]
+        print(f"{name:<12}" + "".join(f"{value:>12.2f}" for row in rows for value in row.values()))
     if options.write:
         RESULTS.mkdir(exist_ok=True)
         text = json.dumps(figures | around, indent=2)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.cpu import plain_inference
 from kernels.rms_norm import rms_norm
 
 
@@ -45,6 +46,12 @@ def qk_norm_rope(
     Returns:
         q and k in their shapes and the dtype they came in.
     """
+    if plain_inference(q, k, q_weight, k_weight, cos, sin):
+        turn = torch.complex(cos, sin)[:, None]
+        new_q, new_k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+        for new in (new_q, new_k):
+            torch.view_as_complex(new.unflatten(-1, (-1, 2))).mul_(turn)
+        return new_q, new_k
     # fp32 weights keep the normalised heads in fp32, so that they are rounded once, after turning.
     rotated_q = rotate_ref(rms_norm(q, q_weight.float(), eps), cos, sin).to(q.dtype)
     rotated_k = rotate_ref(rms_norm(k, k_weight.float(), eps), cos, sin).to(k.dtype)

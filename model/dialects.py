@@ -113,6 +113,11 @@ def find_dialect(weights: Weights) -> tuple[Dialect, str]:
         for dialect in DIALECTS.values()
         if key == dialect.marker or key.endswith("." + dialect.marker)
     ]
+    if not found and any(".lora_" in key or ".lora." in key for key in weights.stored):
+        raise CheckpointError(
+            f"{weights.name}: a LoRA, not a transformer: it goes beside a checkpoint, as --lora or "
+            "in --lora-dir"
+        )
     if not found:
         wanted = " nor ".join(f"{d.marker!r} ({name} names)" for name, d in DIALECTS.items())
         raise CheckpointError(

@@ -31,6 +31,7 @@ from model.request import (
     GenerationRequest,
     ResolvedRequest,
     check_settings,
+    lora_choices,
     nearest,
     own_grid_sentence,
 )
@@ -90,6 +91,7 @@ class GenerationConfig:
             num_images=request.num_images,
             seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
             preset=request.preset,
+            loras=lora_choices(request),
             **_settled(settings),
         )
 

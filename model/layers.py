@@ -12,11 +12,16 @@ from torch import Tensor, nn
 from kernels.qk_norm_rope import qk_norm_rope
 from kernels.rms_norm import rms_norm
 from kernels.silu_mul import silu_mul
+from model.adapters import UNADAPTED, Adapted, Linear, Spans
 from model.attention import Attend
 from model.config import FREQUENCY_DIM, NextDiTConfig
 
 QK_NORM_EPS = 1e-5  # fixed, whatever norm_eps says: diffusers and the released weights agree on it
 FINAL_NORM_EPS = 1e-6
+
+# Norm weights of a modulated block by timestep, [n, 2d] each: two with scales folded in, two with
+# gates.
+Folded = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
@@ -40,17 +45,19 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         kv_dim = self.kv_heads * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, config.hidden_size + 2 * kv_dim, bias=False)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, config.hidden_size + 2 * kv_dim, bias=False)
+        self.out = Linear(config.hidden_size, config.hidden_size, bias=False)
         self.q_norm = RMSNorm(self.head_dim, QK_NORM_EPS)
         self.k_norm = RMSNorm(self.head_dim, QK_NORM_EPS)
 
-    def forward(self, x: Tensor, attend: Attend, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, attend: Attend, cos: Tensor, sin: Tensor, spans: Spans = ()
+    ) -> Tensor:
         """``[T, d]`` to ``[T, d]``; ``attend`` is the plan of an attention backend."""
-        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        qkv = self.qkv(x, spans).view(x.shape[0], -1, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=1)
         q, k = qk_norm_rope(q, k, self.q_norm.weight, self.k_norm.weight, cos, sin, QK_NORM_EPS)
-        out: Tensor = self.out(attend(q, k, v).flatten(1))
+        out: Tensor = self.out(attend(q, k, v).flatten(1), spans)
         return out
 
 
@@ -59,12 +66,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.hidden_size, bias=False)
+        self.gate_up = Linear(config.hidden_size, 2 * config.ffn_dim, bias=False)
+        self.down = Linear(config.ffn_dim, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, spans: Spans = ()) -> Tensor:
         """``[T, d]`` to ``[T, d]``."""
-        out: Tensor = self.down(silu_mul(self.gate_up(x)))
+        out: Tensor = self.down(silu_mul(self.gate_up(x, spans)), spans)
         return out
 
 
@@ -80,7 +87,7 @@ class Block(nn.Module):
         self.attention_norm2 = RMSNorm(d, eps)
         self.ffn_norm1 = RMSNorm(d, eps)
         self.ffn_norm2 = RMSNorm(d, eps)
-        self.modulation = nn.Linear(config.modulation_dim, 4 * d) if modulated else None
+        self.modulation = Linear(config.modulation_dim, 4 * d) if modulated else None
 
     def forward(
         self,
@@ -90,6 +97,8 @@ class Block(nn.Module):
         sin: Tensor,
         time_embedding: Tensor | None = None,
         sequence_index: Tensor | None = None,
+        folded: Folded | None = None,
+        adapted: Adapted = UNADAPTED,
     ) -> Tensor:
         """``[T, d]`` to ``[T, d]``.
 
@@ -99,48 +108,54 @@ class Block(nn.Module):
             cos: ``[T, head_dim / 2]`` fp32.
             sin: ``[T, head_dim / 2]`` fp32.
             time_embedding: ``[n, e]`` after SiLU; modulated blocks only.
-            sequence_index: ``[T]``; modulated blocks only.
+            sequence_index: ``[T]``, the row of each token's time embedding or folded weights.
+            folded: what :meth:`fold` made of the time embedding, where it is known.
+            adapted: LoRAs of the T tokens and n sequences.
         """
+        spans = adapted.tokens
         if self.modulation is None:
-            attended = self.attention(self.attention_norm1(x), attend, cos, sin)
+            attended = self.attention(self.attention_norm1(x), attend, cos, sin, spans)
             x = x + self.attention_norm2(attended)
-            refined: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x)))
+            refined: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x), spans))
             return refined
-        assert time_embedding is not None
         assert sequence_index is not None
-        scaled_1, scaled_2, gated_1, gated_2 = self._modulated_weights(
-            time_embedding, sequence_index, x.dtype
+        if folded is None:
+            assert time_embedding is not None
+            folded = self.fold(time_embedding, x.dtype, adapted.sequences)
+        scaled_1, scaled_2, gated_1, gated_2 = (
+            part for weights in folded for part in _spread(weights, sequence_index).chunk(2, dim=-1)
         )
-        attended = self.attention(self.attention_norm1(x, scaled_1), attend, cos, sin)
+        attended = self.attention(self.attention_norm1(x, scaled_1), attend, cos, sin, spans)
         x = x + self.attention_norm2(attended, gated_1)
-        out: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x, scaled_2)), gated_2)
+        fed = self.feed_forward(self.ffn_norm1(x, scaled_2), spans)
+        out: Tensor = x + self.ffn_norm2(fed, gated_2)
         return out
 
-    def _modulated_weights(
-        self, time_embedding: Tensor, sequence_index: Tensor, residual: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        """Norm weights of every token, ``[T, d]`` each: two with scales folded in, two with gates.
+    def fold(self, time_embedding: Tensor, residual: torch.dtype, spans: Spans = ()) -> Folded:
+        """Norm weights ``[n, 2d]`` with the scales and with the gates of ``[n, e]`` folded in.
 
         ``RMS(x) w (1 + s)`` and ``tanh(g) (RMS(x) w)`` are one multiplication per token this way.
         They are folded in fp32 and rounded once: to what the matrix products take, and for what is
         added to the residual stream to that stream's dtype, if it is the wider one.
         """
         assert self.modulation is not None
-        scale_1, gate_1, scale_2, gate_2 = self.modulation(time_embedding).float().chunk(4, dim=-1)
+        modulation = self.modulation(time_embedding, spans).float()
+        scale_1, gate_1, scale_2, gate_2 = modulation.chunk(4, dim=-1)
         own = self.attention_norm1.weight.dtype
         scaled = torch.cat(
             (self.attention_norm1.weight * (1 + scale_1), self.ffn_norm1.weight * (1 + scale_2)),
             dim=-1,
-        ).to(own)
+        )
         gated = torch.cat(
             (self.attention_norm2.weight * gate_1.tanh(), self.ffn_norm2.weight * gate_2.tanh()),
             dim=-1,
-        ).to(torch.promote_types(own, residual))
-        return tuple(
-            part
-            for weights in (scaled, gated)
-            for part in weights.index_select(0, sequence_index).chunk(2, dim=-1)
         )
+        return scaled.to(own), gated.to(torch.promote_types(own, residual))
+
+
+def _spread(rows: Tensor, sequence_index: Tensor) -> Tensor:
+    """Rows ``[n, ...]`` by token; a single one is broadcast where it is used."""
+    return rows if rows.shape[0] == 1 else rows.index_select(0, sequence_index)
 
 
 class TimestepEmbedder(nn.Module):
@@ -148,16 +163,16 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(FREQUENCY_DIM, dim)
-        self.linear_2 = nn.Linear(dim, dim)
+        self.linear_1 = Linear(FREQUENCY_DIM, dim)
+        self.linear_2 = Linear(dim, dim)
 
-    def forward(self, timesteps: Tensor) -> Tensor:
+    def forward(self, timesteps: Tensor, spans: Spans = ()) -> Tensor:
         """``[n]`` timesteps to ``[n, e]``."""
         half = FREQUENCY_DIM // 2
         exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
         angles = timesteps.float()[:, None] * torch.exp(-math.log(10_000.0) * exponents)
         sinusoid = torch.cat((angles.cos(), angles.sin()), dim=-1).to(self.linear_1.weight.dtype)
-        out: Tensor = self.linear_2(F.silu(self.linear_1(sinusoid)))
+        out: Tensor = self.linear_2(F.silu(self.linear_1(sinusoid, spans)), spans)
         return out
 
 
@@ -167,11 +182,11 @@ class CaptionEmbedder(nn.Module):
     def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
         self.norm = RMSNorm(config.cap_feat_dim, config.norm_eps)
-        self.linear = nn.Linear(config.cap_feat_dim, config.hidden_size)
+        self.linear = Linear(config.cap_feat_dim, config.hidden_size)
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, features: Tensor, spans: Spans = ()) -> Tensor:
         """``[T, cap_feat_dim]`` to ``[T, d]``."""
-        out: Tensor = self.linear(self.norm(features))
+        out: Tensor = self.linear(self.norm(features), spans)
         return out
 
 
@@ -180,12 +195,19 @@ class FinalLayer(nn.Module):
 
     def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
-        self.modulation = nn.Linear(config.modulation_dim, config.hidden_size)
-        self.linear = nn.Linear(config.hidden_size, config.patch_dim)
+        self.modulation = Linear(config.modulation_dim, config.hidden_size)
+        self.linear = Linear(config.hidden_size, config.patch_dim)
 
-    def forward(self, x: Tensor, time_embedding: Tensor, sequence_index: Tensor) -> Tensor:
-        """``[T, d]``, ``[n, e]`` after SiLU and ``[T]`` to ``[T, patch_dim]``."""
-        scale = self.modulation(time_embedding).float().index_select(0, sequence_index)
+    def scale(self, time_embedding: Tensor, spans: Spans = ()) -> Tensor:
+        """Factors ``[n, d]`` of the normalised tokens, fp32, for ``[n, e]`` after SiLU."""
+        scale: Tensor = 1 + self.modulation(time_embedding, spans).float()
+        return scale
+
+    def forward(
+        self, x: Tensor, scale: Tensor, sequence_index: Tensor, spans: Spans = ()
+    ) -> Tensor:
+        """``[T, d]``, ``[n, d]`` of :meth:`scale` and ``[T]`` to ``[T, patch_dim]``."""
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=FINAL_NORM_EPS)
-        out: Tensor = self.linear((normed * (1 + scale)).to(self.linear.weight.dtype))
+        scaled = normed * _spread(scale, sequence_index)
+        out: Tensor = self.linear(scaled.to(self.linear.weight.dtype), spans)
         return out

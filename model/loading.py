@@ -7,11 +7,13 @@ names the file.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.cache_config import load_cache_config
 from model.checkpoint import (
     PICKLES,
     CheckpointError,
@@ -20,6 +22,8 @@ from model.checkpoint import (
     verify_manifest,
 )
 from model.generation_config import load_generation_config
+from model.lora import merge_loras, open_lora
+from model.lora_registry import LoraRegistry
 from model.next_dit import NextDiT
 from model.pipeline import Pipeline
 from model.precision import Precision, precision_named
@@ -54,6 +58,8 @@ def load_pipeline(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     precision: str | None = None,
+    merged_loras: Sequence[tuple[Path, float]] = (),
+    lora_dir: Path | None = None,
 ) -> Pipeline:
     """Load a checkpoint folder; its `manifest.json`, where present, is verified first.
 
@@ -62,6 +68,8 @@ def load_pipeline(
         device: where everything runs.
         dtype: of all weights; latents between steps stay float32.
         precision: a name of `model.precision.PRECISIONS`; where given, `dtype` does not count.
+        merged_loras: LoRA files and factors, added to the transformer's weights for good.
+        lora_dir: a folder of LoRA files that requests may name (`GenerationRequest.loras`).
 
     Raises:
         CheckpointError: one line naming the file and the fault.
@@ -78,6 +86,7 @@ def load_pipeline(
     dit = NextDiT.from_pretrained(
         folder / "transformer", device=device, dtype=dtype, residual_dtype=chosen.residual
     )
+    merge_loras(dit, [(open_lora(path, dit.config), factor) for path, factor in merged_loras])
     vae = VAE.from_pretrained(folder / "vae", device=device, dtype=dtype)
     text_encoder = TextEncoder.from_pretrained(
         folder,
@@ -94,7 +103,12 @@ def load_pipeline(
         size_multiple=math.lcm(SIZE_MULTIPLE, vae.downscale * dit.config.patch_size),
     )
     return Pipeline(
-        dit=dit, vae=vae, text_encoder=text_encoder, generation_config=generation_config
+        dit=dit,
+        vae=vae,
+        text_encoder=text_encoder,
+        generation_config=generation_config,
+        loras=None if lora_dir is None else LoraRegistry(lora_dir, dit),
+        cache_config=load_cache_config(folder),
     )
 
 

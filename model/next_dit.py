@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import checkpoint
+from model.adapters import Adapted, Adapters, Linear, adapter_order, spans_of
 from model.attention import Backend, choose_backend
 from model.config import NextDiTConfig
 from model.layers import Block, CaptionEmbedder, FinalLayer, TimestepEmbedder
+from model.modulation import Modulation
 from model.packing import Layout, PackedSequences, RotaryTables, upload
 from model.precision import precision_name
 
@@ -38,7 +40,7 @@ class NextDiT(nn.Module):
         super().__init__()
         self.config = config
         self.residual_dtype: torch.dtype | None = None
-        self.x_embedder = nn.Linear(config.patch_dim, config.hidden_size)
+        self.x_embedder = Linear(config.patch_dim, config.hidden_size)
         self.time_embedder = TimestepEmbedder(config.modulation_dim)
         self.caption_embedder = CaptionEmbedder(config)
         refiners = range(config.num_refiner_layers)
@@ -49,6 +51,9 @@ class NextDiT(nn.Module):
         )
         self.final_layer = FinalLayer(config)
         self.rotary = RotaryTables(config)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.name = name
         self.initialize_weights()
 
     @property
@@ -79,7 +84,11 @@ class NextDiT(nn.Module):
         return choose_backend(device, dtype, self.config.head_dim)
 
     def forward(
-        self, latents: Sequence[Tensor], timesteps: Tensor, prompt_embeds: Sequence[Tensor]
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        prompt_embeds: Sequence[Tensor],
+        adapters: Sequence[Adapters] | None = None,
     ) -> list[Tensor]:
         """Velocity of every sample.
 
@@ -87,6 +96,7 @@ class NextDiT(nn.Module):
             latents: n tensors ``[C, H_i, W_i]``, sides multiples of the patch size.
             timesteps: ``[n]`` in [0, 1], 0 = noise.
             prompt_embeds: n tensors ``[L_i, cap_feat_dim]``, valid tokens only.
+            adapters: the LoRAs of each sample; None: none anywhere. Inference only.
 
         Returns:
             n tensors ``[C, H_i, W_i]``.
@@ -94,14 +104,17 @@ class NextDiT(nn.Module):
         Raises:
             ValueError: when shapes do not fit the model.
         """
-        contexts = self.encode_context(prompt_embeds)
-        return self.head(self.blocks(self.embed(latents, timesteps, contexts)))
+        contexts = self.encode_context(prompt_embeds, adapters)
+        return self.head(self.blocks(self.embed(latents, timesteps, contexts, adapters)))
 
-    def encode_context(self, prompt_embeds: Sequence[Tensor]) -> list[Tensor]:
+    def encode_context(
+        self, prompt_embeds: Sequence[Tensor], adapters: Sequence[Adapters] | None = None
+    ) -> list[Tensor]:
         """Embed and refine captions; independent of time, so once per request and branch.
 
         Args:
             prompt_embeds: tensors ``[L_i, cap_feat_dim]``.
+            adapters: the LoRAs of each; a context is one request's, so it carries them.
 
         Returns:
             tensors ``[L_i, d]``.
@@ -116,43 +129,56 @@ class NextDiT(nn.Module):
                 )
         lengths = [features.shape[0] for features in prompt_embeds]
         attend = self.attention.plan(Layout.of(lengths, self.device))
+        adapted = Adapted.of(adapters or [()] * len(lengths), lengths)
         tables = [self.rotary.caption(length, self.device) for length in lengths]
         cos, sin = (torch.cat(parts) for parts in zip(*tables, strict=True))
-        hidden = self.caption_embedder(torch.cat(list(prompt_embeds)).to(self.device, self.dtype))
+        features = torch.cat(list(prompt_embeds)).to(self.device, self.dtype)
+        hidden = self.caption_embedder(features, adapted.tokens)
         for block in self.context_refiner:
-            hidden = block(hidden, attend, cos, sin)
+            hidden = block(hidden, attend, cos, sin, adapted=adapted)
         return list(hidden.split(lengths))
 
     def embed(
-        self, latents: Sequence[Tensor], timesteps: Tensor, contexts: Sequence[Tensor]
+        self,
+        latents: Sequence[Tensor],
+        timesteps: Tensor,
+        contexts: Sequence[Tensor],
+        adapters: Sequence[Adapters] | None = None,
+        modulation: Modulation | None = None,
     ) -> PackedSequences:
         """Patchify, refine the noisy image tokens and pack them behind their captions.
 
         Args:
             latents: n tensors ``[C, H_i, W_i]``.
             timesteps: ``[n]`` in [0, 1].
-            contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`.
+            contexts: n tensors ``[L_i, d]`` of :meth:`encode_context`, with the same adapters.
+            adapters: the LoRAs of each sample; None: none anywhere.
+            modulation: looked up for these adapters and timesteps, which then do not count.
         """
         self._check_batch(latents, timesteps, contexts)
-        p = self.config.patch_size
-        order = sorted(
-            range(len(latents)), key=lambda i: (*latents[i].shape[1:], contexts[i].shape[0])
-        )
+        own = adapters or [()] * len(latents)
+        order = _packing_order(latents, contexts, own)
+        own = [own[i] for i in order]
         latents = [latents[i] for i in order]
         contexts = [contexts[i] for i in order]
-        grids = [(x.shape[1] // p, x.shape[2] // p) for x in latents]
-        places = upload(torch.tensor(order, device="cpu"), self.device)
-        timesteps = upload(timesteps, self.device)[places]
-        time_embedding = F.silu(self.time_embedder(timesteps))
-
+        grids = [self._grid(x) for x in latents]
         image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
+        adapted = Adapted.of(own, lengths)
+        time_embedding = None
+        if modulation is None:
+            places = upload(torch.tensor(order, device="cpu"), self.device)
+            times = upload(timesteps, self.device)[places]
+            time_embedding = F.silu(self.time_embedder(times, adapted.sequences))
+        rows = None if modulation is None else [modulation.rows[i] for i in order]
+
         image_layout = Layout.of(lengths, self.device)
-        image_index = image_layout.sequence_index()
+        image_index = image_layout.sequence_index(rows)
         attend = self.attention.plan(image_layout)
-        image = self.x_embedder(self._patchify(latents))
+        image = self.x_embedder(self._patchify(latents), adapted.tokens)
         cos, sin = torch.cat(image_cos), torch.cat(image_sin)
-        for block in self.noise_refiner:
-            image = block(image, attend, cos, sin, time_embedding, image_index)
+        for number, block in enumerate(self.noise_refiner):
+            folded = None if modulation is None else modulation.noise_refiner[number]
+            image = block(image, attend, cos, sin, time_embedding, image_index, folded, adapted)
 
         caption_tables = [self.rotary.caption(c.shape[0], self.device) for c in contexts]
         layout = Layout.of(
@@ -166,15 +192,18 @@ class NextDiT(nn.Module):
             cos=_interleave([c for c, _ in caption_tables], image_cos),
             sin=_interleave([s for _, s in caption_tables], image_sin),
             time_embedding=time_embedding,
-            sequence_index=layout.sequence_index(),
+            modulation=modulation,
+            sequence_index=layout.sequence_index(rows),
             grids=tuple(grids),
             order=tuple(order),
+            adapters=tuple(own),
         )
 
     def blocks(self, packed: PackedSequences) -> PackedSequences:
         """Run the joint blocks over captions and images together."""
-        hidden = packed.hidden
-        for block in self.layers:
+        hidden, adapted = packed.hidden, packed.adapted
+        modulation = packed.modulation
+        for number, block in enumerate(self.layers):
             hidden = block(
                 hidden,
                 packed.attend,
@@ -182,12 +211,44 @@ class NextDiT(nn.Module):
                 packed.sin,
                 packed.time_embedding,
                 packed.sequence_index,
+                None if modulation is None else modulation.layers[number],
+                adapted,
             )
         return replace(packed, hidden=hidden)
 
+    def joint_signals(self, packed: PackedSequences, places: Sequence[int]) -> list[Tensor]:
+        """Modulated inputs ``[T_i, d]`` of the first joint block, for the sequences at `places`.
+
+        How much they change from step to step tells how much the joint blocks' output will.
+        """
+        first = self.layers[0]
+        assert isinstance(first, Block)
+        modulation, d = packed.modulation, self.config.hidden_size
+        sequences = packed.hidden.split(packed.layout.lengths)
+        signals = []
+        for place in places:
+            if modulation is None:
+                assert packed.time_embedding is not None
+                scaled, _ = first.fold(
+                    packed.time_embedding[place : place + 1],
+                    packed.hidden.dtype,
+                    spans_of([packed.adapters[place]], [1]),
+                )
+            else:
+                row = modulation.rows[packed.order[place]]
+                scaled = modulation.layers[0][0][row : row + 1]
+            signals.append(first.attention_norm1(sequences[place], scaled[:, :d]))
+        return signals
+
     def head(self, packed: PackedSequences) -> list[Tensor]:
         """Project image tokens back to velocities ``[C, H_i, W_i]``, in the caller's order."""
-        tokens = self.final_layer(packed.hidden, packed.time_embedding, packed.sequence_index)
+        adapted = packed.adapted
+        if packed.modulation is None:
+            assert packed.time_embedding is not None
+            scale = self.final_layer.scale(packed.time_embedding, adapted.sequences)
+        else:
+            scale = packed.modulation.final
+        tokens = self.final_layer(packed.hidden, scale, packed.sequence_index, adapted.tokens)
         velocities: list[Tensor | None] = [None] * len(packed.order)
         sequences = tokens.split(packed.layout.lengths)
         for place, sequence, grid in zip(packed.order, sequences, packed.grids, strict=True):
@@ -218,6 +279,11 @@ class NextDiT(nn.Module):
                     f"latents of shape {list(x.shape)} must be [{channels}, H, W] with H and W "
                     f"positive multiples of {p}"
                 )
+
+    def _grid(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        p = self.config.patch_size
+        return latents.shape[1] // p, latents.shape[2] // p
 
     def _image_rotary(
         self, grids: Sequence[tuple[int, int]], contexts: Sequence[Tensor]
@@ -300,6 +366,16 @@ class NextDiT(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write config and weights as diffusers names them; ``dtype`` converts on the way."""
         checkpoint.save_transformer(Path(folder), self.config, self.state_dict(), dtype)
+
+
+def _packing_order(
+    latents: Sequence[Tensor], contexts: Sequence[Tensor], adapters: Sequence[Adapters]
+) -> list[int]:
+    """Indices of the samples, those with equal adapters together and in these equal sizes."""
+    return sorted(
+        range(len(latents)),
+        key=lambda i: (adapter_order(adapters[i]), *latents[i].shape[1:], len(contexts[i])),
+    )
 
 
 def _interleave(captions: Sequence[Tensor], images: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 Shapes: T = tokens of all sequences, n = sequences, d = width, h = heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, groupby
@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.adapters import Adapted, Adapters
 from model.config import ROPE_THETA, NextDiTConfig
 from model.tensor_cache import TensorCache
 
 if TYPE_CHECKING:
     from model.attention import Attend
+    from model.modulation import Modulation
 
 ROTARY_CACHE_BYTES = 64 * 2**20  # ten pictures of 2048 x 2048, or hundreds of 256 x 256
 
@@ -74,9 +76,10 @@ class Layout:
         """Tokens of the longest sequence."""
         return max(self.lengths)
 
-    def sequence_index(self) -> Tensor:
-        """``[T]`` int64: the sequence each token belongs to."""
-        index = torch.arange(len(self.lengths), device=self.cu_seqlens.device)
+    def sequence_index(self, rows: Sequence[int] | None = None) -> Tensor:
+        """``[T]`` int64: the sequence each token belongs to, or that sequence's entry of `rows`."""
+        rows = range(len(self.lengths)) if rows is None else rows
+        index = upload(torch.tensor(rows, device="cpu"), self.cu_seqlens.device)
         return torch.repeat_interleave(index, self.cu_seqlens.diff(), output_size=self.num_tokens)
 
 
@@ -84,8 +87,8 @@ class Layout:
 class PackedSequences:
     """A batch on its way through the joint blocks: per sample its caption, then its image tokens.
 
-    Samples are sorted by size so that equal ones lie together; ``order[j]`` is the caller's
-    index of the sample at place j.
+    Samples are sorted by adapters and size so that equal ones lie together; ``order[j]`` is the
+    caller's index of the sample at place j.
     """
 
     hidden: Tensor  # [T, d], the residual stream
@@ -93,10 +96,51 @@ class PackedSequences:
     attend: "Attend"  # attention inside the sequences of layout
     cos: Tensor  # [T, head_dim / 2] fp32
     sin: Tensor  # [T, head_dim / 2] fp32
-    time_embedding: Tensor  # [n, modulation_dim], SiLU applied
-    sequence_index: Tensor  # [T]
+    time_embedding: Tensor | None  # [n, modulation_dim], SiLU applied; None beside a modulation
+    modulation: "Modulation | None"  # what the time embedding would say, looked up
+    sequence_index: Tensor  # [T], row of the time embedding or of the modulation
     grids: tuple[tuple[int, int], ...]  # patch rows and columns of each sample
     order: tuple[int, ...]
+    adapters: tuple[Adapters, ...]  # of each sample
+
+    @property
+    def adapted(self) -> Adapted:
+        """Where the adapters act."""
+        return Adapted.of(self.adapters, self.layout.lengths)
+
+    def select(
+        self, places: Sequence[int], plan: Callable[[Layout], "Attend"]
+    ) -> "PackedSequences":
+        """The sequences at these places alone, in the order given; `plan` is the backend's.
+
+        The result is for the joint blocks alone: its `order` counts from 0 again.
+        """
+        lengths = self.layout.lengths
+        device = self.hidden.device
+        layout = Layout.of([lengths[place] for place in places], device)
+
+        def taken(tokens: Tensor) -> Tensor:
+            pieces = tokens.split(lengths)
+            return torch.cat([pieces[place] for place in places])
+
+        time_embedding, rows = self.time_embedding, None
+        if self.modulation is not None:
+            rows = [self.modulation.rows[self.order[place]] for place in places]
+        if time_embedding is not None:
+            time_embedding = time_embedding[upload(torch.tensor(places, device="cpu"), device)]
+        return PackedSequences(
+            hidden=taken(self.hidden),
+            layout=layout,
+            attend=plan(layout),
+            cos=taken(self.cos),
+            sin=taken(self.sin),
+            time_embedding=time_embedding,
+            modulation=self.modulation,
+            sequence_index=layout.sequence_index(rows),
+            grids=tuple(self.grids[place] for place in places),
+            order=tuple(range(len(places))),
+            adapters=tuple(self.adapters[place] for place in places),
+        )
 
 
 class RotaryTables:

@@ -10,111 +10,40 @@ prompt (uncond).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from model.flow import timestep_from_sigma
+from model.adapters import Adapters
+from model.cache_config import CacheConfig
+from model.denoise_state import DenoiseState
 from model.generation_config import GenerationConfig
 from model.guidance import Guidance
+from model.lora_registry import LoraRegistry, chosen_adapters
+from model.modulation import ModulationTable
 from model.next_dit import NextDiT
-from model.packing import upload
 from model.request import GenerationRequest, ResolvedRequest
-from model.samplers import Sampler, SamplerState, make_sampler
+from model.samplers import make_sampler
+from model.teacache import (
+    BranchTurn,
+    TeaCacheState,
+    plan_cache,
+    run_blocks,
+)
 from model.templates import compose_negative, compose_prompt
 from model.text_encoder import TextEncoder
 from model.vae import VAE, to_pil
 
+__all__ = ["DenoiseState", "Pipeline"]
 
-@dataclass
-class DenoiseState:
-    """One request between `prepare` and `decode`.
-
-    Attributes:
-        request: with nothing left to decide.
-        sampler: its solver; shared by its images.
-        guidance: its CFG settings.
-        cond: refined context [L, d] of the prompt.
-        uncond: refined context [L, d] of the negative prompt; None when no step is guided.
-        samples: solver state of every image.
-        tokens_per_image: image tokens of one image.
-        warnings: sentences for the user.
-        steps_computed: steps done so far.
-        steps_cfg: of these, steps that ran both branches.
-        nfe: branches of the network evaluated so far for each image, cond and uncond.
-    """
-
-    request: ResolvedRequest
-    sampler: Sampler
-    guidance: Guidance
-    cond: Tensor
-    uncond: Tensor | None
-    samples: list[SamplerState]
-    tokens_per_image: int
-    warnings: list[str] = field(default_factory=list)
-    steps_computed: int = 0
-    steps_cfg: int = 0
-    nfe: int = 0
-
-    @property
-    def step_index(self) -> int:
-        """Index of the next step, from 0; equals `num_steps` when finished."""
-        return self.samples[0].evaluation
-
-    @property
-    def num_steps(self) -> int:
-        """Steps from noise to data; one is one evaluation, so midpoint has two per interval."""
-        return self.sampler.num_evaluations
-
-    @property
-    def finished(self) -> bool:
-        """Whether only decoding is left."""
-        return self.step_index == self.num_steps
-
-    @property
-    def latents(self) -> list[Tensor]:
-        """Latents [C, H, W] of every image as they stand, float32."""
-        return [sample.latents for sample in self.samples]
-
-    @property
-    def timestep(self) -> float:
-        """What the network receives at the next step (0 = noise, 1 = data)."""
-        return timestep_from_sigma(self.sampler.sigma_at(self.step_index))
-
-    @property
-    def guided(self) -> bool:
-        """Whether the next step runs both branches."""
-        interval = self.sampler.interval_of(self.step_index)
-        return self.guidance.is_guided(interval, self.sampler.num_intervals, self.timestep)
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Tokens the prompt took, its template and the beginning-of-sequence token included."""
-        return len(self.cond)
-
-    @property
-    def num_tokens(self) -> int:
-        """Text and image tokens its next step adds to the packed forward; 0 when finished."""
-        if self.finished:
-            return 0
-        return len(self.samples) * sum(
-            len(context) + self.tokens_per_image for context in self.contexts()
-        )
-
-    def contexts(self) -> list[Tensor]:
-        """Contexts of the branches the next step runs: cond, then uncond if it is guided."""
-        if not self.guided:
-            return [self.cond]
-        assert self.uncond is not None
-        return [self.cond, self.uncond]
+BRANCHES = ("cond", "uncond")
 
 
 class Pipeline:
-    """Network, text encoder and VAE of one checkpoint, on one device."""
+    """Network, text encoder and VAE of one checkpoint, on one device, and LoRAs for requests."""
 
     def __init__(
         self,
@@ -123,11 +52,16 @@ class Pipeline:
         vae: VAE,
         text_encoder: TextEncoder,
         generation_config: GenerationConfig,
+        loras: LoraRegistry | None = None,
+        cache_config: CacheConfig | None = None,
     ) -> None:
         self.dit = dit
         self.vae = vae
         self.text_encoder = text_encoder
         self.generation_config = generation_config
+        self.loras = loras
+        self.cache_config = cache_config
+        self.modulation = ModulationTable(dit)
 
     @property
     def device(self) -> torch.device:
@@ -140,8 +74,14 @@ class Pipeline:
         return self.dit.dtype
 
     @torch.inference_mode()
-    def prepare(self, request: GenerationRequest) -> DenoiseState:
+    def prepare(
+        self, request: GenerationRequest, *, replay: Mapping[str, str] | None = None
+    ) -> DenoiseState:
         """Everything that happens once per request: defaults, text, contexts, noise, schedule.
+
+        Args:
+            request: what to draw.
+            replay: `cache_decisions` of an earlier run, to be made again.
 
         Raises:
             ValueError: one sentence, when this checkpoint cannot do what is asked.
@@ -155,28 +95,34 @@ class Pipeline:
             shift=resolved.shift,
             sigmas=resolved.sigmas,
         )
+        adapters = chosen_adapters(self.loras, resolved.loras or ())
+        cache, uncached = plan_cache(resolved, sampler, self.cache_config, replay)
         prompt, negative = _texts(resolved)
         state = DenoiseState(
             request=resolved,
             sampler=sampler,
             guidance=_guidance(resolved),
-            cond=self._context(prompt),
+            cond=self._context(prompt, adapters),
             uncond=None,
             samples=[
                 sampler.start(self._noise(resolved.seed + k, height, width))
                 for k in range(resolved.num_images)
             ],
             tokens_per_image=height * width // self.dit.config.patch_size**2,
-            warnings=self._warnings(resolved),
+            adapters=adapters,
+            cache=cache,
+            warnings=[*self._warnings(resolved), *uncached],
         )
         # Both truncation rules only ever switch guidance off: the first step speaks for all.
         if state.guided:
-            state.uncond = self._context(negative)
+            state.uncond = self._context(negative, adapters)
         return state
 
     @torch.inference_mode()
     def denoise_step(self, states: Sequence[DenoiseState]) -> None:
         """Advance every state by one step, all branches of all images in one packed forward.
+
+        Branches that their cache skips take part in it, except for the joint blocks.
 
         If the forward raises, no state has changed and the call can be repeated with fewer.
         """
@@ -184,24 +130,40 @@ class Pipeline:
         latents: list[Tensor] = []
         timesteps: list[float] = []
         contexts: list[Tensor] = []
+        adapters: list[Adapters] = []
+        turns: list[BranchTurn | None] = []
         for state in states:
-            for context in state.contexts():
-                for sample in state.samples:
+            for kind, context in zip(BRANCHES, state.contexts(), strict=False):
+                for image, sample in enumerate(state.samples):
                     latents.append(state.sampler.evaluation_point(sample))
                     timesteps.append(state.timestep)
                     contexts.append(context)
+                    adapters.append(state.adapters)
+                    turns.append(state.turn(image, kind))
         if not latents:
             return
-        times = upload(torch.tensor(timesteps, dtype=torch.float32), self.device)
-        packed = self.dit.blocks(self.dit.embed(latents, times, contexts))
-        velocities = iter(self.dit.head(packed))
+        packed = self.dit.embed(
+            latents,
+            torch.tensor(timesteps, dtype=torch.float32),
+            contexts,
+            adapters,
+            self.modulation.of(timesteps, adapters),
+        )
+        packed, caches = run_blocks(self.dit, packed, turns)
+        velocities, kept = iter(self.dit.head(packed)), iter(caches)
         for state in states:
-            _advance(state, velocities)
+            _advance(state, velocities, kept)
 
     @torch.inference_mode()
-    def decode(self, states: Sequence[DenoiseState]) -> list[list[Image.Image]]:
-        """Pictures of the latents as they stand, per state; equal sizes share a VAE call."""
-        pixels = iter(self.vae.decode([x for state in states for x in state.latents]))
+    def decode(
+        self, states: Sequence[DenoiseState], *, tiled: bool = False
+    ) -> list[list[Image.Image]]:
+        """Pictures of the latents as they stand, per state; equal sizes share a VAE call.
+
+        With `tiled` the VAE works tile by tile whatever the size, in less memory.
+        """
+        latents = [x for state in states for x in state.latents]
+        pixels = iter(self.vae.decode(latents, tiled=tiled))
         return [[to_pil(p) for p in islice(pixels, len(state.samples))] for state in states]
 
     def generate(
@@ -243,9 +205,9 @@ class Pipeline:
                 )
         return request.height // self.vae.downscale, request.width // self.vae.downscale
 
-    def _context(self, text: str) -> Tensor:
+    def _context(self, text: str, adapters: Adapters) -> Tensor:
         # One text at a time, so that its rounding cannot depend on its neighbours.
-        return self.dit.encode_context(self.text_encoder.encode([text]))[0]
+        return self.dit.encode_context(self.text_encoder.encode([text]), [adapters])[0]
 
     def _noise(self, seed: int, height: int, width: int) -> Tensor:
         """Start latents [C, H, W], float32, drawn on the CPU: the same on every device."""
@@ -301,17 +263,27 @@ def _guidance(request: ResolvedRequest) -> Guidance:
     )
 
 
-def _advance(state: DenoiseState, velocities: Iterator[Tensor]) -> None:
+def _advance(
+    state: DenoiseState, velocities: Iterator[Tensor], caches: Iterator[TeaCacheState | None]
+) -> None:
     """Take this state's velocities (cond of all images, then uncond) and step its solver."""
     guided, count = state.guided, len(state.samples)
     cond = list(islice(velocities, count))
     if guided:
         uncond = islice(velocities, count)
         cond = [state.guidance.combine(c, u) for c, u in zip(cond, uncond, strict=True)]
+    state.before = state.samples
     state.samples = [
         state.sampler.step(sample, velocity)
         for sample, velocity in zip(state.samples, cond, strict=True)
     ]
-    state.steps_computed += 1
+    branches = [(image, kind) for kind in BRANCHES[: 1 + guided] for image in range(count)]
+    kept = dict(zip(branches, islice(caches, len(branches)), strict=True))
+    evaluated = [0] * count
+    for (image, _), cache in kept.items():
+        evaluated[image] += cache is None or cache.computed
+    if state.cache is not None:
+        state.cache.keep({branch: cache for branch, cache in kept.items() if cache is not None})
+    state.steps_computed += max(evaluated) > 0
     state.steps_cfg += guided
-    state.nfe += 1 + guided
+    state.nfe += max(evaluated)

@@ -24,6 +24,7 @@ OFFICIAL: Mapping[str, Any] = {
     "cfg_renorm": "global",
     "cfg_renorm_scale": 1.0,
     "negative_template": True,
+    "cache": "off",
 }
 DIFFUSERS: Mapping[str, Any] = {
     "sampler": "euler",
@@ -34,6 +35,7 @@ DIFFUSERS: Mapping[str, Any] = {
     "cfg_renorm": "row",
     "cfg_renorm_scale": 1.0,
     "negative_template": False,
+    "cache": "off",
 }
 BUILT_IN_NAMES = ("official", "diffusers")
 

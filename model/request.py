@@ -23,13 +23,26 @@ MAX_SEED = 2**53 - 9  # image k uses seed + k, and JSON readers are exact up to 
 SIZE_MULTIPLE = 16
 MAX_SIDE = 8192
 CFG_RENORMS = ("none", "global", "row")
+CACHE_PRESETS = ("balanced", "fast")  # skip schedules; what each means is in teacache.json
+MAX_CACHE_THRESHOLD = 10.0
 MAX_STEPS = 1000
 MIN_SIGMA_STEP = 1e-5  # nearer sigmas are one sigma in float32, and solvers divide by the distance
 MAX_PANEL_TEXT = 100  # characters
+MAX_LORAS = 8  # of one request
+MAX_LORA_NAME = 100  # characters
+MAX_LORA_SCALE = 10.0
 
 # Settings that say the same thing in two ways: where one is given, the others have no say.
 TRUNCATIONS = ("cfg_trunc_ratio", "cfg_trunc_t")
 SCHEDULE = ("num_inference_steps", "shift", "time_grid")  # what `sigmas` replaces
+
+
+@dataclass(frozen=True)
+class LoraChoice:
+    """A LoRA that a request names, and the factor its change is multiplied by."""
+
+    name: str
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,11 @@ class GenerationRequest:
         cfg_trunc_t: guided while timestep < t; excludes `cfg_trunc_ratio`.
         cfg_renorm: `none`, `global` or `row`.
         cfg_renorm_scale: the official rho of `global`.
+        cache: `off`, a preset of skipped steps (`balanced` or `fast`), or a number: skip while the
+            estimated change of the joint blocks' output stays below it.
         preset: a preset name of the checkpoint.
+        loras: up to 8 different LoRAs of those on offer, in the order of application; each a
+            `LoraChoice` or a mapping of its fields.
     """
 
     prompt: str
@@ -84,7 +101,9 @@ class GenerationRequest:
     cfg_trunc_t: float | None = None
     cfg_renorm: str | None = None
     cfg_renorm_scale: float | None = None
+    cache: str | float | None = None
     preset: str | None = None
+    loras: Sequence[LoraChoice | Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -127,7 +146,9 @@ class ResolvedRequest:
     cfg_trunc_t: float | None
     cfg_renorm: str
     cfg_renorm_scale: float
+    cache: str | float
     preset: str | None
+    loras: tuple[LoraChoice, ...] | None
 
 
 def check_field(name: str, value: object) -> None:
@@ -261,6 +282,14 @@ def _sigmas(value: object) -> str | None:
     return None if falls else allowed
 
 
+def _cache(value: object) -> str | None:
+    names = ("off", *CACHE_PRESETS)
+    number = _number(0.0, MAX_CACHE_THRESHOLD)
+    if value in names or (not isinstance(value, str) and number(value) is None):
+        return None
+    return f"{', '.join(map(repr, names))} or {number(None)}"
+
+
 def _panel(value: object) -> str | None:
     positions = ", ".join(repr(position) for position in PANEL_POSITIONS)
     allowed = (
@@ -272,6 +301,33 @@ def _panel(value: object) -> str | None:
     panel = {**vars(Panel()), **slots}
     known = panel["position"] in tuple(PANEL_POSITIONS)
     return None if known and _text(1, MAX_PANEL_TEXT)(panel["content"]) is None else allowed
+
+
+def _loras(value: object) -> str | None:
+    allowed = (
+        f"a list of at most {MAX_LORAS} different LoRAs, each with 'name' (text of 1 to "
+        f"{MAX_LORA_NAME} characters) and 'scale' (a number from -{MAX_LORA_SCALE:g} to "
+        f"{MAX_LORA_SCALE:g})"
+    )
+    if not isinstance(value, list | tuple) or len(value) > MAX_LORAS:
+        return allowed
+    names = set()
+    for each in value:
+        entry = vars(each) if isinstance(each, LoraChoice) else each
+        if not isinstance(entry, Mapping) or not {"name"} <= entry.keys() <= {"name", "scale"}:
+            return allowed
+        name, scale = entry["name"], entry.get("scale", 1.0)
+        good = _text(1, MAX_LORA_NAME)(name) is None
+        if not good or _number(-MAX_LORA_SCALE, MAX_LORA_SCALE)(scale) is not None:
+            return allowed
+        names.add(name)
+    return None if len(names) == len(value) else allowed
+
+
+def lora_choices(request: GenerationRequest) -> tuple[LoraChoice, ...] | None:
+    """The LoRAs of a checked request; None where it names none."""
+    entries = [e if isinstance(e, LoraChoice) else LoraChoice(**e) for e in request.loras or ()]
+    return tuple(entries) or None
 
 
 def _shown(value: object) -> str:
@@ -302,8 +358,10 @@ _RULES: dict[str, _Rule] = {
     "cfg_trunc_t": _number(0.0, 100.0),
     "cfg_renorm": _choice(CFG_RENORMS),
     "cfg_renorm_scale": _number(0.0, 100.0),
+    "cache": _cache,
     "preset": _text(1),
+    "loras": _loras,
 }
 
-_PER_REQUEST = ("prompt", "num_images", "seed", "preset")
+_PER_REQUEST = ("prompt", "num_images", "seed", "preset", "loras")
 SETTINGS = tuple(name for name in _RULES if name not in _PER_REQUEST)

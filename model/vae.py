@@ -45,6 +45,8 @@ class VAE:
         self.downscale = 2 ** (len(config.block_out_channels) - 1)
         self.scaling_factor = float(config.scaling_factor)
         self.shift_factor = float(config.shift_factor or 0.0)
+        # Twice the side it was trained at; a tile has once that side, as in diffusers.
+        self.untiled_pixels = max(_PIXELS_PER_DECODE, 4 * _largest(config.sample_size) ** 2)
 
     @classmethod
     def from_pretrained(
@@ -104,11 +106,15 @@ class VAE:
         return (mode - self.shift_factor) * self.scaling_factor
 
     @torch.no_grad()
-    def decode(self, latents: Sequence[Tensor]) -> list[Tensor]:
+    def decode(self, latents: Sequence[Tensor], *, tiled: bool = False) -> list[Tensor]:
         """Pixels of normalised latents of mixed sizes; equal sizes are decoded together.
+
+        Pictures larger than `untiled_pixels` are always decoded in tiles: tiles change the
+        statistics of the group norms, so that must depend on the picture alone.
 
         Args:
             latents: tensors [C, h_i, w_i].
+            tiled: decode every picture alone and in tiles, to need less memory.
 
         Returns:
             Tensors [3, h_i * downscale, w_i * downscale], float32, about [-1, 1], in order.
@@ -119,17 +125,23 @@ class VAE:
         pixels: dict[int, Tensor] = {}
         for shape, members in groups.items():
             area = shape[-2] * shape[-1] * self.downscale**2
-            size = max(1, _PIXELS_PER_DECODE // area)
+            tiles = tiled or area > self.untiled_pixels
+            size = 1 if tiles else max(1, _PIXELS_PER_DECODE // area)
             for start in range(0, len(members), size):
                 chunk = members[start : start + size]
-                decoded = self._decode_batch(torch.stack([latents[i] for i in chunk]))
+                decoded = self._decode_batch(torch.stack([latents[i] for i in chunk]), tiles)
                 pixels.update(zip(chunk, decoded, strict=True))
         return [pixels[index] for index in range(len(latents))]
 
-    def _decode_batch(self, latents: Tensor) -> Tensor:
-        raw = latents.to(self.device) / self.scaling_factor + self.shift_factor
-        pixels: Tensor = self.autoencoder.decode(raw.to(self.dtype), return_dict=False)[0]
+    def _decode_batch(self, latents: Tensor, tiles: bool) -> Tensor:
+        raw = (latents.to(self.device) / self.scaling_factor + self.shift_factor).to(self.dtype)
+        decode = self.autoencoder.tiled_decode if tiles else self.autoencoder.decode
+        pixels: Tensor = decode(raw, return_dict=False)[0]
         return pixels.float()
+
+
+def _largest(sample_size: int | Sequence[int]) -> int:
+    return sample_size if isinstance(sample_size, int) else max(sample_size)
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

@@ -8,6 +8,7 @@ import json
 import logging
 import sys
 from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +17,8 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from server.conversion import convert, print_facts, source_facts
+from server.inspection import picture_facts
+from server.lora_options import LoraDir, Merged
 from server.operate import dead_app, epoch_app
 
 if TYPE_CHECKING:
@@ -56,7 +59,9 @@ Model = Annotated[
 ]
 RedisUrl = Annotated[
     str | None,
-    typer.Option(help="Redis to use, as redis://, rediss:// or unix://.", show_default=False),
+    typer.Option(
+        help="Redis to use, as redis://, rediss://, unix:// or sentinel://.", show_default=False
+    ),
 ]
 Precision = Annotated[
     str | None,
@@ -100,11 +105,15 @@ def serve(
     ] = None,
     insecure: Insecure = False,
     precision: Precision = None,
+    lora: Merged = None,
+    lora_dir: LoraDir = None,
 ) -> int:
     """Run everything on this machine: Redis, workers, the API and its page."""
     folder = _checkpoint_folder(model)
     _check_host(host, insecure)
-    settings = _settings(redis_url=redis_url, data_dir=data_dir, precision=precision)
+    settings = _settings(
+        redis_url=redis_url, data_dir=data_dir, precision=precision, lora_dir=lora_dir
+    )
     from server.embedded import run_service
 
     return run_service(
@@ -115,6 +124,7 @@ def serve(
         port=port,
         insecure=insecure,
         own_redis=redis_url is None,
+        worker_options=[word for each in lora or () for word in ("--lora", str(each))],
     )
 
 
@@ -146,6 +156,8 @@ def worker(
         typer.Option(min=0, help="Seconds to finish work after SIGTERM.", show_default="25"),
     ] = None,
     precision: Precision = None,
+    lora: Merged = None,
+    lora_dir: LoraDir = None,
     token_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> int:
     """Run one worker: take jobs from Redis and draw their pictures."""
@@ -154,11 +166,15 @@ def worker(
     folder = _checkpoint_folder(model)
     if not is_name(pool):
         raise MisuseError(f"--pool {pool!r} must be 1 to 64 letters, digits, dots and dashes")
-    settings = _settings(redis_url=redis_url, drain_s=drain_s, precision=precision)
+    settings = _settings(
+        redis_url=redis_url, drain_s=drain_s, precision=precision, lora_dir=lora_dir
+    )
     _quiet_libraries()
+    from server.worker.loading import load_model
     from server.worker.main import run_worker
 
-    return run_worker(settings, folder, pool=pool, token_fd=token_fd)
+    load = partial(load_model, merged_loras=lora or (), lora_dir=settings.lora_dir)
+    return run_worker(settings, folder, pool=pool, load=load, token_fd=token_fd)
 
 
 @app.command()
@@ -180,11 +196,13 @@ def generate(
         typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /generate."),
     ] = None,
     precision: Precision = None,
+    lora: Merged = None,
+    lora_dir: LoraDir = None,
 ) -> int:
     """Draw one picture in this process, without a server."""
     folder = _checkpoint_folder(model)
     image_format = _image_format(output)
-    settings = _settings(precision=precision)
+    settings = _settings(precision=precision, lora_dir=lora_dir)
     from model.request import GenerationRequest, check_settings
 
     options = {
@@ -195,15 +213,18 @@ def generate(
         "negative_prompt": negative_prompt,
     }
     fields = _settings_of(more or [], {k: v for k, v in options.items() if v is not None})
+    loras = fields.pop("loras", None)
     try:
         check_settings(fields)
-        request = GenerationRequest(prompt, seed=seed, preset=preset, **fields)
+        request = GenerationRequest(prompt, seed=seed, preset=preset, loras=loras, **fields)
     except ValueError as error:
         raise MisuseError(str(error)) from None
     _quiet_libraries()
     from server.worker.local import Drawing
 
-    drawing = Drawing(folder, settings.precision)
+    drawing = Drawing(
+        folder, settings.precision, merged_loras=lora or (), lora_dir=settings.lora_dir
+    )
     try:
         drawing.prepare(request)
     except ValueError as error:
@@ -225,6 +246,7 @@ def inspect(
     path: Annotated[
         Path, typer.Argument(help="A checkpoint folder, a transformer's weights, or a picture.")
     ],
+    lora_dir: LoraDir = None,
 ) -> int:
     """Say what a checkpoint or a file of weights is, or what made a picture."""
     bare_transformer = (path / "config.json").is_file() and not (path / "model_index.json").exists()
@@ -236,9 +258,10 @@ def inspect(
         _quiet_libraries()
         from server.worker.local import describe_checkpoint
 
-        facts = describe_checkpoint(path, _settings().precision)
+        settings = _settings(lora_dir=lora_dir)
+        facts = describe_checkpoint(path, settings.precision, settings.lora_dir)
     elif path.is_file():
-        facts = _picture_facts(path)
+        facts = picture_facts(path)
     else:
         raise MisuseError(f"{path}: there is no such file or folder")
     print_facts(facts)
@@ -322,28 +345,6 @@ def _progress_bar(total: int) -> "Iterator[Callable[[], None]]":
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("drawing", total=total)
         yield lambda: progress.advance(task)
-
-
-def _picture_facts(path: Path) -> list[tuple[str, str]]:
-    """The generation parameters in a picture's text chunk."""
-    from PIL import Image, UnidentifiedImageError
-
-    from server.protocol import PNG_TEXT_KEY
-
-    try:
-        with Image.open(path) as picture:
-            facts = [("picture", f"{picture.format}, {picture.width}x{picture.height}")]
-            text = picture.info.get(PNG_TEXT_KEY)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
-        raise ValueError(f"{path}: not a picture that can be read") from None
-    if not isinstance(text, str):
-        raise ValueError(f"{path}: this picture does not say how it was made")
-    try:
-        parameters = json.loads(text)
-        facts += [(name, str(value)) for name, value in parameters.items()]
-    except (ValueError, AttributeError):
-        facts.append((PNG_TEXT_KEY, text))
-    return facts
 
 
 def _fail(message: str, code: int) -> int:

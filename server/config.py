@@ -1,10 +1,11 @@
 """Settings of every process of the service: `LUMINA_*` variables, typed and checked once."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "LUMINA_"
@@ -35,6 +36,10 @@ class Settings(BaseSettings):
     sync_timeout: float = Field(default=300.0, gt=0)
     """How long `POST /generate` waits for a result before it answers 202."""
 
+    durability: Literal["everysec", "fsync", "replica"] = "everysec"
+    """What an acknowledged job must have outlived: a second of Redis's memory, its disk's sync, or
+    the loss of its server (docs/reliability.md)."""
+
     lease_s: float = Field(default=15.0, ge=0.5)
     max_attempts: int = Field(default=3, ge=1)
     queue_limit: int = Field(default=1000, ge=1)
@@ -49,14 +54,33 @@ class Settings(BaseSettings):
     drain_s: float = Field(default=25.0, ge=0)
     """How long a stopping worker goes on with what it has before it hands jobs back."""
 
-    max_running: int = Field(default=16, ge=1)
+    max_running: int = Field(default=32, ge=1)
     """Jobs a worker holds at once."""
 
     max_step_tokens: int = Field(default=65536, ge=1)
     """Image and text tokens, over all branches, that one denoising step may carry."""
 
+    warmup_sizes: str = ""
+    """Sizes such as `512x512,1024x768` that a worker draws, besides the default one, before it is
+    ready: what a first picture of a size costs extra is then paid by nobody."""
+
     precision: Literal["auto", "fp32", "bf16", "mixed"] = "auto"
     """What a worker computes in; auto: mixed on a GPU, fp32 on a CPU."""
+
+    lora_dir: Path | None = None
+    """Folder of LoRA files that requests may name."""
+
+    @field_validator("warmup_sizes")
+    @classmethod
+    def _check_sizes(cls, sizes: str) -> str:
+        if sizes and not re.fullmatch(r"\s*\d+x\d+\s*(,\s*\d+x\d+\s*)*", sizes):
+            raise ValueError("must be a list of sizes such as 512x512,1024x768")
+        return sizes
+
+    @property
+    def warmup(self) -> list[tuple[int, int]]:
+        """The sizes of `warmup_sizes`, as width and height in pixels."""
+        return [(int(w), int(h)) for w, h in re.findall(r"(\d+)x(\d+)", self.warmup_sizes)]
 
     @property
     def blob_store_url(self) -> str:

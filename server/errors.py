@@ -15,6 +15,7 @@ ServerError
 ├── DeadlineTooShort    503  the estimated wait is beyond the caller's deadline
 ├── DataLost            503  Redis has lost acknowledged data, and no operator has accepted it
 ├── QueueUnavailable    503  Redis does not answer
+├── BlobUnavailable     503  the blob store does not give or take a picture
 ├── ModelNotReady       503  no worker has published a model yet
 └── ServiceError        500  `lumina serve` or a worker cannot start
 """
@@ -125,6 +126,13 @@ class QueueUnavailable(ServerError):
     """Redis cannot be reached or refuses to write."""
 
     code = "queue-unavailable"
+    status = 503
+
+
+class BlobUnavailable(ServerError, OSError):
+    """The blob store fails: it cannot be reached, is full, or its bytes are not what was stored."""
+
+    code = "storage-unavailable"
     status = 503
 
 

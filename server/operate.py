@@ -16,7 +16,9 @@ epoch_app = typer.Typer(help="The history that Redis holds.", no_args_is_help=Tr
 
 RedisUrl = Annotated[
     str | None,
-    typer.Option(help="Redis to use, as redis://, rediss:// or unix://.", show_default=False),
+    typer.Option(
+        help="Redis to use, as redis://, rediss://, unix:// or sentinel://.", show_default=False
+    ),
 ]
 JobIds = Annotated[list[str] | None, typer.Argument(help="Job ids.", show_default=False)]
 All = Annotated[bool, typer.Option("--all", help="Every dead job.")]

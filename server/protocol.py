@@ -77,8 +77,10 @@ class _Message:
 
     def to_json(self) -> str:
         """Return compact JSON with the fields in their order of declaration."""
-        fields = dataclasses.asdict(self)  # type: ignore[call-overload]
-        return json.dumps(fields, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        # Nested messages through `default`: `dataclasses.asdict` copies everything, and is slow.
+        return json.dumps(
+            vars(self), default=vars, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Self:
@@ -96,7 +98,8 @@ class _Message:
 class JobSpec(_Message):
     """What to draw. None means: the preset, then the checkpoint, decides. The seed is always set.
 
-    The fields that concern the picture are named as in `model.GenerationRequest`.
+    The fields that concern the picture are named as in `model.GenerationRequest`. `partial_images`
+    is how many unfinished pictures the caller wants to see of each.
     """
 
     prompt: str
@@ -120,7 +123,10 @@ class JobSpec(_Message):
     cfg_trunc_t: float | None = None
     cfg_renorm: str | None = None
     cfg_renorm_scale: float | None = None
+    cache: str | float | None = None
     preset: str | None = None
+    loras: list[dict[str, Any]] | None = None
+    partial_images: int = 0
     output_format: OutputFormat = "png"
     quality: int | None = None
     metadata: dict[str, Any] | None = None
@@ -164,7 +170,7 @@ class Timings(_Message):
 class StepCounts(_Message):
     """Denoising steps that computed the model, that a cache skipped, and that used guidance.
 
-    `nfe` counts the branches of the network evaluated for each picture, cond and uncond.
+    `nfe` counts the branches whose joint blocks were evaluated for each picture, cond and uncond.
     """
 
     computed: int
@@ -177,7 +183,8 @@ class StepCounts(_Message):
 class JobResult(_Message):
     """What a worker commits: pictures in the order of their seeds, and how they were made.
 
-    `prompt_tokens` are those the text encoder read, template included.
+    `prompt_tokens` are those the text encoder read, template included. `cache_decisions` is what a
+    cache threshold decided: for each branch a letter per step, 1 computed, 0 skipped.
     """
 
     images: tuple[ImageRef, ...]
@@ -186,6 +193,7 @@ class JobResult(_Message):
     warnings: tuple[str, ...]
     model: str
     prompt_tokens: int = 0
+    cache_decisions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,8 +245,9 @@ class ModelInfo(_Message):
     """What the workers of a pool serve: the limits and defaults the API validates against.
 
     `defaults` holds the checkpoint's own values by JobSpec field name; `presets` the same for
-    each named preset. `step_cost_ms` is the measured time of one denoising step of one image of
-    the default size with guidance; other sizes are priced in proportion to their pixels.
+    each named preset; `loras` the names that requests may use. `step_cost_ms` is the measured time
+    of one denoising step of one image of the default size with guidance; other sizes are priced in
+    proportion to their pixels.
     """
 
     name: str
@@ -255,6 +264,7 @@ class ModelInfo(_Message):
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     presets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     templates: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

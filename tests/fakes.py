@@ -54,6 +54,22 @@ class FakeState:
         return len(self.request.prompt.split())
 
     @property
+    def cache_decisions(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def predicted(self) -> list[int]:
+        return [self.step_index] * self.request.num_images
+
+    @property
+    def held_bytes(self) -> int:
+        return 0
+
+    @property
+    def num_sequences(self) -> int:
+        return self.request.num_images
+
+    @property
     def num_tokens(self) -> int:
         if self.step_index == self.num_steps:
             return 0
@@ -63,13 +79,17 @@ class FakeState:
 class FakePipeline:
     """Counts steps and draws one colour from the seed. Prompts steer it:
 
-    `refuse` is a ValueError in prepare; `explode` raises in every step it takes part in; `kill`
-    kills its own process with SIGKILL in its second step, as a poison job does; `blind` cannot be
-    decoded.
+    `huge` runs out of memory whoever is beside it; so does any step or decoding of more than
+    `memory` tokens, the latter unless it is tiled. `refuse` is a ValueError in prepare; `explode`
+    raises in every step it takes part in; `kill` kills its own process with SIGKILL in its second
+    step, as a poison job does; `blind` cannot be decoded.
     """
 
-    def __init__(self, step_s: float = 0.0, num_steps: int = 4) -> None:
+    def __init__(
+        self, step_s: float = 0.0, num_steps: int = 4, memory: float = float("inf")
+    ) -> None:
         self.step_s = step_s
+        self.memory = memory
         self.num_steps = num_steps
         self.batches: list[list[str]] = []
 
@@ -90,6 +110,7 @@ class FakePipeline:
     def denoise_step(self, states) -> None:
         self.batches.append([state.request.prompt for state in states])
         time.sleep(self.step_s)
+        self._allocate(sum(state.num_tokens for state in states), states)
         for state in states:
             if state.request.prompt == "explode":
                 raise RuntimeError("a bug")
@@ -100,7 +121,13 @@ class FakePipeline:
             state.steps_computed += 1
             state.nfe += 1
 
-    def decode(self, states) -> list[list[Image.Image]]:
+    def _allocate(self, tokens: float, states) -> None:
+        if tokens > self.memory or any(state.request.prompt == "huge" for state in states):
+            raise MemoryError(f"{tokens} tokens")
+
+    def decode(self, states, *, tiled=False) -> list[list[Image.Image]]:
+        pixels = sum(s.request.num_images * s.request.width * s.request.height for s in states)
+        self._allocate(0 if tiled else pixels / 256, states)
         if any(state.request.prompt == "blind" for state in states):
             raise RuntimeError("no picture")
         return [
@@ -145,14 +172,27 @@ def wait_until(condition, timeout_s: float = 20.0, what: str = "the condition"):
     raise AssertionError(f"{what} did not come true within {timeout_s} s")
 
 
+def set_clock_ahead(seconds: float) -> None:
+    """Let this process's wall clock, not its monotonic one, be wrong from here on."""
+    now, now_ns = time.time, time.time_ns
+    time.time = lambda: now() + seconds
+    time.time_ns = lambda: now_ns() + round(seconds * 1e9)
+
+
 def run_fake_worker() -> int:
-    """`python -m tests.fakes STEP_S NUM_STEPS`: a worker process with a fake pipeline."""
+    """`python -m tests.fakes STEP_S NUM_STEPS [CLOCK_S]`: a worker process with a fake pipeline,
+    whose clock is CLOCK_S ahead of the machine's; `flaky://` stores pictures badly.
+    """
     import sys
 
     from server.config import load_settings
     from server.worker.main import run_worker
+    from tests.chaos.flaky_store import register
 
+    register()
     step_s, num_steps = float(sys.argv[1]), int(sys.argv[2])
+    if len(sys.argv) > 3:
+        set_clock_ahead(float(sys.argv[3]))
     return run_worker(load_settings(), Path("."), load=lambda *_: fake_model(step_s, num_steps))
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator
 
 
@@ -48,8 +49,8 @@ class Proxy:
 
 
 @contextlib.asynccontextmanager
-async def proxy(socket_path: str) -> AsyncIterator[Proxy]:
-    """A running proxy; its connections end with it."""
+async def proxy(socket_path: str, tls: ssl.SSLContext | None = None) -> AsyncIterator[Proxy]:
+    """A running proxy, which ends TLS if given a context; its connections end with it."""
     it = Proxy(socket_path)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -61,7 +62,7 @@ async def proxy(socket_path: str) -> AsyncIterator[Proxy]:
             await it.serve(reader, writer)
         tasks.discard(task)
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
     it.port = server.sockets[0].getsockname()[1]
     try:
         yield it

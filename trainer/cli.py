@@ -154,6 +154,26 @@ def evaluate(
         write_card(checkpoint, reports)
 
 
+@app.command()
+def calibrate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.")],
+    per_task: Annotated[
+        int, typer.Option("--per-task", min=1, max=50, help="Prompts measured of each task.")
+    ] = 8,
+) -> None:
+    """Measure which steps can be skipped; writes teacache.json and rewrites manifest.json."""
+    if not checkpoint.is_dir():
+        raise MisuseError(f"{str(checkpoint)!r}: there is no such checkpoint folder")
+    from rich.console import Console
+
+    from trainer.calibrate import calibrate as run
+    from trainer.calibrate import table
+
+    content = run(checkpoint, per_task=per_task)
+    Console().print(table(content))
+    typer.echo(f"wrote {checkpoint / 'teacache.json'}")
+
+
 def _fail(message: str, code: int) -> int:
     print(f"trainer: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -70,6 +70,15 @@ class Sampler(ABC):
     def step(self, state: SamplerState, velocity: Tensor) -> SamplerState:
         """New state after the network answered `velocity` (data - noise) at the asked point."""
 
+    def predicted(self, before: SamplerState, after: SamplerState) -> Tensor:
+        """Clean latents [C, H, W] that the evaluation between two states foresees.
+
+        The way from `before` on, at the velocity of that evaluation, down to sigma 0.
+        """
+        sigma, sigma_next = (self.sigma_at(before.evaluation), self.sigmas[after.evaluation])
+        way = sigma / (sigma - sigma_next)
+        return before.latents + way * (after.latents - before.latents)
+
     def start(self, noise: Tensor) -> SamplerState:
         """State before the first evaluation; `noise` is standard normal [C, H, W], float32."""
         return SamplerState(latents=noise)

@@ -36,6 +36,11 @@ class DpmSampler(Sampler):
         latents = keep * state.latents + (1.0 - keep) * direction
         return SamplerState(latents=latents, evaluation=i + 1, memory=data)
 
+    def predicted(self, before: SamplerState, after: SamplerState) -> Tensor:
+        """Clean latents as the newest evaluation foresees them: the solver remembers them."""
+        assert after.memory is not None
+        return after.memory
+
     def _extrapolation(self, i: int) -> float:
         """``1 / (2 r)``: half the ratio of this step to the one before, in log SNR."""
         before = _log_snr(self.sigmas[i]) - _log_snr(self.sigmas[i - 1])

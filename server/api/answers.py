@@ -65,6 +65,10 @@ class JobAnswer(BaseModel):
     timings: TimingsAnswer | None
     steps: StepsAnswer | None
     prompt_tokens: int | None = Field(description="tokens of the prompt, template included")
+    cache_decisions: dict[str, str] | None = Field(
+        description="what a cache threshold decided: for each image and branch a letter per step, "
+        "1 computed, 0 skipped"
+    )
     warnings: list[str]
     metadata: dict[str, Any] | None
 
@@ -108,6 +112,7 @@ def job_answer(record: JobRecord) -> JobAnswer:
         timings=TimingsAnswer(**vars(result.timings)) if result else None,
         steps=StepsAnswer(**vars(result.steps)) if result else None,
         prompt_tokens=result.prompt_tokens if result else None,
+        cache_decisions=(result.cache_decisions or None) if result else None,
         warnings=list(result.warnings) if result else [],
         metadata=record.spec.metadata,
     )

@@ -35,10 +35,14 @@ def context_of(request: Request) -> ApiContext:
     return context
 
 
-async def promptly(answer: Awaitable[T]) -> T:
-    """Await something that only Redis can delay; raises QueueUnavailable after REDIS_ANSWER_S."""
+async def promptly(answer: Awaitable[T], extra_s: float = 0.0) -> T:
+    """Await something that only Redis can delay; raises QueueUnavailable after REDIS_ANSWER_S.
+
+    `extra_s` is for what must reach a disk or another server first.
+    """
+    limit_s = REDIS_ANSWER_S + extra_s
     try:
-        async with asyncio.timeout(REDIS_ANSWER_S):
+        async with asyncio.timeout(limit_s):
             return await answer
     except TimeoutError:
-        raise QueueUnavailable(f"Redis did not answer within {REDIS_ANSWER_S} s") from None
+        raise QueueUnavailable(f"Redis did not answer within {limit_s} s") from None

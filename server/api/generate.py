@@ -126,7 +126,7 @@ async def _submit(
         deadline_s=body.deadline_s,
         idempotency=idempotency,
     )
-    return await promptly(submission)
+    return await promptly(submission, context.queue.confirm_s)
 
 
 async def _wait(

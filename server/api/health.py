@@ -34,6 +34,7 @@ class Offer(BaseModel):
     defaults: dict[str, object]
     presets: dict[str, dict[str, object]]
     templates: list[str]
+    loras: list[str]
 
 
 @router.get("/livez", summary="The process answers")
@@ -71,7 +72,7 @@ async def _require_worker(context: ApiContext) -> None:
 
 @router.get("/presets", response_model=Offer, summary="What the model offers")
 async def presets(request: Request) -> Offer:
-    """Limits, defaults, presets and prompt templates of the default model."""
+    """Limits, defaults, presets, prompt templates and LoRAs of the default model."""
     _, info = await promptly(find_model(context_of(request), None))
     return offer_of(info)
 
@@ -98,4 +99,5 @@ def offer_of(info: ModelInfo) -> Offer:
         defaults=defaults,
         presets=info.presets,
         templates=list(info.templates),
+        loras=list(info.loras),
     )

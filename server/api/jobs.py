@@ -78,7 +78,7 @@ async def image_response(context: ApiContext, record: JobRecord, index: int) -> 
     assert record.result is not None
     image = record.result.images[index]
     try:
-        data = await asyncio.to_thread(context.blobs.get, image.path)
+        data = await asyncio.to_thread(context.blobs.get, image.path, image.sha256)
     except NotFound:
         raise NotFound(f"image {index} of job {record.id} is no longer stored") from None
     headers = _image_headers(record, image)

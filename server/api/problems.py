@@ -38,6 +38,7 @@ TITLES = {
     "out-of-memory": "The job needs more memory than is free",
     "queue-full": "The queue is full",
     "queue-unavailable": "The queue is unavailable",
+    "storage-unavailable": "The picture store is unavailable",
     "model-not-ready": "No model is loaded yet",
     "service-error": "The service is broken",
     "internal": "Internal error",

@@ -22,6 +22,9 @@ MAX_SEED = 2**53 - 9  # image k of a job uses seed + k, and 2**53 - 1 is the las
 MAX_SIGMAS = 1000
 MIN_SIGMA_STEP = 1e-5
 MAX_PANEL_TEXT = 100
+MAX_LORAS = 8
+MAX_LORA_NAME = 100
+MAX_LORA_SCALE = 10
 MAX_DEADLINE_S = 24 * 3600
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_TEXT = 512
@@ -63,7 +66,17 @@ class PanelBody(BaseModel):
     content: str = Field("depth map", min_length=1, max_length=MAX_PANEL_TEXT)
 
 
+class LoraBody(BaseModel):
+    """A LoRA by its name, and the factor its change is multiplied by."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+    name: str = Field(min_length=1, max_length=MAX_LORA_NAME)
+    scale: float = Field(1.0, ge=-MAX_LORA_SCALE, le=MAX_LORA_SCALE)
+
+
 _Scalar = Annotated[str, Field(max_length=MAX_METADATA_TEXT)] | int | float | bool | None
+_Threshold = Annotated[float, Field(ge=0, le=10)]
 _MetadataKey = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -143,7 +156,16 @@ class GenerateBody(BaseModel):
     cfg_renorm_scale: float | None = Field(
         None, gt=0, le=10, description="a number greater than 0 and at most 10"
     )
+    cache: Literal["off", "balanced", "fast"] | _Threshold | None = Field(
+        None, description="'off', 'balanced', 'fast' or a number from 0 to 10"
+    )
     preset: str | None = Field(None, description="the name of a preset of the model")
+    loras: list[LoraBody] | None = Field(
+        None,
+        max_length=MAX_LORAS,
+        description=f"a list of at most {MAX_LORAS} objects with different name (of a LoRA that "
+        f"GET /presets lists) and scale (a number from -{MAX_LORA_SCALE} to {MAX_LORA_SCALE})",
+    )
     output_format: OutputFormat | None = Field(None, description="'png', 'jpeg' or 'webp'")
     quality: int | None = Field(
         None, ge=1, le=100, description="a whole number from 1 to 100 (for jpeg and webp)"
@@ -179,6 +201,10 @@ class GenerateBody(BaseModel):
             )
         if self.panel is not None and self.system_prompt not in (None, "panel"):
             raise _field_error("panel", "panel fills the template 'panel': leave system_prompt out")
+        names = [lora.name for lora in self.loras or ()]
+        if len(set(names)) < len(names):
+            sentence = "loras must name each LoRA once"
+            raise _field_error("loras", f"{sentence}, got {_shown(names)}")
         return self
 
     @model_validator(mode="after")
@@ -294,8 +320,19 @@ def check_against_model(body: GenerateBody, info: ModelInfo) -> None:
         offered = ", ".join(sorted(info.presets)) or "none"
         sentence = f"preset must be one that {info.name} has ({offered}), got {_shown(body.preset)}"
         wrong.append(("preset", sentence))
+    wrong += _check_loras(body, info)
     if wrong:
         raise InvalidFields(wrong)
+
+
+def _check_loras(body: GenerateBody, info: ModelInfo) -> list[tuple[str, str]]:
+    """The first LoRA that is not on offer, as (field, sentence)."""
+    for lora in body.loras or ():
+        if lora.name not in info.loras:
+            offered = ", ".join(info.loras) or "none"
+            sentence = f"loras must name those that {info.name} has ({offered})"
+            return [("loras", f"{sentence}, got {_shown(lora.name)}")]
+    return []
 
 
 def resolved_sigmas(body: GenerateBody, info: ModelInfo) -> Sequence[float] | None:

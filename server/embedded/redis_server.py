@@ -62,9 +62,12 @@ class EmbeddedRedis:
     Args:
         data_dir: kept between runs.
         pass_fds: file descriptors the server inherits: a lock stays taken as long as it lives.
+        fsync: when writes are forced to the disk: `everysec`, or `always`, before any answer.
     """
 
-    def __init__(self, data_dir: Path, pass_fds: Sequence[int] = ()) -> None:
+    def __init__(
+        self, data_dir: Path, pass_fds: Sequence[int] = (), fsync: str = "everysec"
+    ) -> None:
         self._binary = find_redis_server()
         self._folder = data_dir.resolve() / "redis"
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -72,6 +75,7 @@ class EmbeddedRedis:
         self._private = self._socket_folder()
         self._socket = self._private / "redis.sock"
         self._pass_fds = pass_fds
+        self._fsync = fsync
         self.child = Child("redis", self._spawn)
 
     @property
@@ -129,7 +133,7 @@ class EmbeddedRedis:
             "loglevel": "notice",
             "daemonize": "no",
             "appendonly": "yes",
-            "appendfsync": "everysec",
+            "appendfsync": self._fsync,
             "save": "",
             "maxmemory-policy": "noeviction",
         }

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -60,6 +60,7 @@ def run_service(
     port: int = 8000,
     insecure: bool = False,
     own_redis: bool = True,
+    worker_options: Sequence[str] = (),
 ) -> int:
     """Run the whole service until SIGINT or SIGTERM; prints one line when it is ready.
 
@@ -71,6 +72,7 @@ def run_service(
         port: where the API listens; 0 for any that is free.
         insecure: passed on to the API.
         own_redis: start a redis-server; otherwise `settings.redis_url` is used.
+        worker_options: more words for the command line of every worker.
 
     Returns the exit code: 0 after an orderly end, 2 where a child was given what cannot be served,
     1 where one cannot go on. Raises ServiceError when the service cannot start. Must be called from
@@ -84,13 +86,19 @@ def run_service(
         redis = None
         redis_url = settings.redis_url
         if own_redis:
-            redis = EmbeddedRedis(settings.data_dir, pass_fds=[lock.fileno()])
+            redis = _own_redis(settings, lock)
             stack.callback(redis.stop)
             redis.start()
             redis_url = redis.url
             _forget_workers(redis_url)
         service = _Service(
-            _environment(settings, redis_url), model_dir, workers, host, port, insecure
+            _environment(settings, redis_url),
+            model_dir,
+            workers,
+            host,
+            port,
+            insecure,
+            worker_options,
         )
         stack.callback(service.stop, settings.drain_s, signals)
         stack.callback(service.close)
@@ -128,8 +136,10 @@ class _Service:
         host: str,
         port: int,
         insecure: bool,
+        worker_options: Sequence[str] = (),
     ) -> None:
         self._env = env
+        self._worker_options = worker_options
         self._model_dir = model_dir
         self._host, self._port, self._insecure = host, port, insecure
         # One byte in a pipe: the worker that takes it may say what is wrong with the checkpoint.
@@ -239,6 +249,7 @@ class _Service:
             cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
             env.setdefault("OMP_NUM_THREADS", str(max(1, (cores or 1) // count)))
         argv = ["worker", "--model", str(self._model_dir), "--token-fd", str(self._token)]
+        argv += self._worker_options
         return spawn([sys.executable, "-m", "server.cli", *argv], env, pass_fds=[self._token])
 
 
@@ -254,6 +265,15 @@ def _locked(data_dir: Path) -> Iterator[IO[str]]:
                 f"the data directory {data_dir} is in use by another lumina serve"
             ) from None
         yield lock
+
+
+def _own_redis(settings: Settings, lock: IO[str]) -> EmbeddedRedis:
+    if settings.durability == "replica":
+        raise ServiceError(
+            "LUMINA_DURABILITY=replica needs a Redis that has a replica: give --redis-url"
+        )
+    fsync = "always" if settings.durability == "fsync" else "everysec"
+    return EmbeddedRedis(settings.data_dir, pass_fds=[lock.fileno()], fsync=fsync)
 
 
 def _free_port(host: str, port: int) -> int:
@@ -284,6 +304,7 @@ def _environment(settings: Settings, redis_url: str) -> dict[str, str]:
     values = settings.model_dump() | {
         "redis_url": redis_url,
         "data_dir": settings.data_dir.resolve(),
+        "lora_dir": settings.lora_dir.resolve() if settings.lora_dir else None,
     }
     set_values = {name: value for name, value in values.items() if value is not None}
     return os.environ | {ENV_PREFIX + name.upper(): str(v) for name, v in set_values.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import fsspec
 
-from server.errors import NotFound
+from server.errors import BlobUnavailable, NotFound
 
 RESULTS = "results"
 
@@ -45,24 +45,37 @@ class BlobStore:
     def put(self, path: str, data: bytes) -> str:
         """Store `data`; readers see all of it or nothing. Returns its sha256 in hex.
 
-        What was stored is read back: raises OSError where it is not what was given.
+        What was stored is read back: raises BlobUnavailable where it is not what was given, and
+        where it could not be stored.
         """
         target = self._full(path)
-        if self._rename:
-            self._publish(target, data)
-        else:
-            self._fs.pipe_file(target, data)
         digest = hashlib.sha256(data).hexdigest()
-        if hashlib.sha256(self._fs.cat_file(target)).hexdigest() != digest:
-            raise OSError(f"the blob store holds other bytes at {path} than were written")
+        try:
+            if self._rename:
+                self._publish(target, data)
+            else:
+                self._fs.pipe_file(target, data)
+            stored = self._fs.cat_file(target)
+        except Exception as error:  # every file system of fsspec has its own
+            raise BlobUnavailable(f"the blob store failed: {error}") from error
+        if hashlib.sha256(stored).hexdigest() != digest:
+            raise BlobUnavailable(f"the blob store holds other bytes at {path} than were written")
         return digest
 
-    def get(self, path: str) -> bytes:
-        """Return the bytes at `path`; raises NotFound."""
+    def get(self, path: str, sha256: str = "") -> bytes:
+        """Return the bytes at `path`, which must have that hash if one is given.
+
+        Raises NotFound, and BlobUnavailable where the store fails or gives other bytes.
+        """
+        target = self._full(path)
         try:
-            data: bytes = self._fs.cat_file(self._full(path))
+            data: bytes = self._fs.cat_file(target)
         except FileNotFoundError:
             raise NotFound(f"there is no blob {path}") from None
+        except Exception as error:
+            raise BlobUnavailable(f"the blob store failed ({type(error).__name__})") from error
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise BlobUnavailable(f"the blob store gives other bytes at {path} than were stored")
         return data
 
     def exists(self, path: str) -> bool:

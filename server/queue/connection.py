@@ -13,6 +13,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from server.errors import QueueUnavailable
 from server.queue import keys
+from server.queue.sentinel import close_sentinels, connect_to_master
 
 # Nothing waits longer for Redis, whatever happens to the connection.
 ANSWER_S = 5.0
@@ -24,25 +25,32 @@ MAX_BLOCK_S = 2.0
 
 SCRIPT_NAMES = (
     "submit", "claim", "heartbeat", "progress", "complete", "fail", "release", "cancel", "reap",
-    "retry", "purge", "reconcile", "epoch", "offer",
+    "retry", "purge", "reconcile", "epoch", "offer", "preview", "outbox", "delivered",
+    "record",
 )  # fmt: skip
 
 
 def connect(url: str) -> Redis:
-    """Return a client for `redis://`, `rediss://` or `unix://`; nothing is sent yet.
+    """Return a client for `redis://`, `rediss://` (TLS), `unix://` or Sentinel; sends nothing yet.
+
+    `sentinel://[user:password@]host[:26379][,host...]/name[/db]` asks the sentinels for the master
+    called `name`, again after every lost connection; `sentinels://` does so over TLS, to both. User
+    and password are those of the master. Options behind `?` are redis-py's, such as `ssl_ca_certs`.
 
     The client does not retry by itself: its default of ten retries turns a lost server into a
-    minute of silence. Callers decide what is safe to repeat.
+    minute of silence. Callers decide what is safe to repeat. Raises ValueError for any other URL.
     """
-    tcp = {} if url.startswith("unix:") else {"socket_keepalive": True}
-    client: Redis = Redis.from_url(
-        url,
-        decode_responses=True,
-        socket_timeout=SOCKET_TIMEOUT_S,
-        socket_connect_timeout=SOCKET_TIMEOUT_S,
-        retry=Retry(NoBackoff(), 0),
-        **tcp,
-    )
+    options: dict[str, Any] = {
+        "decode_responses": True,
+        "socket_timeout": SOCKET_TIMEOUT_S,
+        "socket_connect_timeout": SOCKET_TIMEOUT_S,
+        "retry": Retry(NoBackoff(), 0),
+    }
+    if not url.startswith("unix:"):
+        options["socket_keepalive"] = True
+    if url.startswith(("sentinel:", "sentinels:")):
+        return connect_to_master(url, options)
+    client: Redis = Redis.from_url(url, **options)
     return client
 
 
@@ -126,7 +134,7 @@ class RedisLine:
                 self._hang_up()
             raise
 
-    async def run(self, name: str, *args: str | int) -> Any:
+    async def run(self, name: str, *args: str | int | bytes) -> Any:
         """Run a script. The key names the shard; the scripts derive the rest from the prefix."""
         return await self.ask(self._scripts[name](keys=[keys.SEQ], args=[self._now(), *args]))
 
@@ -150,6 +158,7 @@ class RedisLine:
         """Close the connections."""
         await end_tasks(*self._hanging_up)
         await self.redis.aclose()
+        await close_sentinels(self.redis)
 
     def _now(self) -> int:
         return self._clock_ms() if self._clock_ms else 0

@@ -36,7 +36,8 @@ class DeadLetters:
         Limits of depth do not apply: there are few dead jobs, and an operator asks.
         """
         fresh = new_job_id()
-        return fresh if await self._queue.run("retry", job_id, fresh) else None
+        ttl_ms = self._queue.result_ttl * 1000
+        return fresh if await self._queue.run("retry", job_id, fresh, ttl_ms) else None
 
     async def purge(self, *job_ids: str) -> int:
         """Forget dead jobs and their records; returns how many there were."""

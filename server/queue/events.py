@@ -1,22 +1,34 @@
-"""Waking those who wait for a job: one subscription per process, whatever the number of waiters."""
+"""What happened to a job, and waking those who wait for it.
+
+Every transition appends an event to the job's stream and publishes the job's id. One subscription
+per process wakes the waiters, whatever their number; they read the stream.
+"""
 
 import asyncio
 import contextlib
+import re
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from redis.exceptions import ConnectionError, RedisError
 
+from server.errors import InvalidRequest, NotFound
+from server.protocol import TERMINAL_STATUSES
 from server.queue import keys
-from server.queue.connection import end_tasks
+from server.queue.connection import RedisLine, end_tasks
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 # A message lost with a connection costs a waiter at most this long.
 POLL_S = 1.0
+
+EVENT_ID = re.compile(r"\d{1,16}-\d{1,10}")
+FROM_THE_START = "0-0"
+PAGE = 100
 
 # A silent subscription is asked for a sign of life, and given up without one.
 PING_S = 5.0
@@ -26,28 +38,33 @@ SILENCE_S = 12.0
 class Changes:
     """One waiter's view: `next` returns when its job may have changed."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, poll_s: float = POLL_S) -> None:
         self.changed = asyncio.Event()
+        self._poll_s = poll_s
         self._deadline = time.monotonic() + timeout_s
 
     async def next(self) -> bool:
-        """Wait for a change or a second; False once the timeout is over."""
+        """Wait for a change or `poll_s`; False once the timeout is over."""
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             return False
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(min(POLL_S, left_s)):
+            async with asyncio.timeout(min(self._poll_s, left_s)):
                 await self.changed.wait()
         self.changed.clear()
         return True
 
 
 class ChangeListener:
-    """Listens to the channel of changed jobs while anybody waits, and survives Redis's absence."""
+    """Listens to the channel of changed jobs while anybody waits, and survives Redis's absence.
+
+    `poll_s` is how long a waiter trusts that a message would have come.
+    """
 
     def __init__(
         self, redis: "Redis", ping_s: float = PING_S, silence_s: float = SILENCE_S
     ) -> None:
+        self.poll_s = POLL_S
         self._redis = redis
         self._ping_s, self._silence_s = ping_s, silence_s
         self._waiters: dict[str, set[Changes]] = defaultdict(set)
@@ -56,7 +73,7 @@ class ChangeListener:
     @contextlib.asynccontextmanager
     async def watch(self, job_id: str, timeout_s: float) -> AsyncIterator[Changes]:
         """Collect the changes of a job from here on, for at most `timeout_s`."""
-        changes = Changes(timeout_s)
+        changes = Changes(timeout_s, self.poll_s)
         self._waiters[job_id].add(changes)
         if self._task is None:
             self._task = asyncio.create_task(self._listen())
@@ -105,3 +122,84 @@ class ChangeListener:
         for waiters in self._waiters.values():
             for changes in waiters:
                 changes.changed.set()
+
+
+@dataclass(frozen=True)
+class JobEvent:
+    """One thing that happened to a job.
+
+    `id` grows, and continues the story in `EventStream.follow`. `type` is `queued`, `started` (with
+    `attempt`), `progress` (with `step` and `total`) or the terminal status.
+    """
+
+    id: str
+    type: str
+    fields: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def last(self) -> bool:
+        """Whether nothing follows."""
+        return self.type in TERMINAL_STATUSES
+
+
+class EventStream(RedisLine):
+    """The events of every job, in their order. Raises QueueUnavailable when Redis is away."""
+
+    def __init__(self, redis: "Redis", clock_ms: Callable[[], int] | None = None) -> None:
+        super().__init__(redis, clock_ms)
+        self._changes = ChangeListener(redis)
+
+    async def close(self) -> None:
+        """Stop listening and close the connections."""
+        await self._changes.close()
+        await super().close()
+
+    async def events(self, job_id: str, after: str = FROM_THE_START) -> list[JobEvent]:
+        """Return the next events behind `after`, up to a page of them.
+
+        Raises InvalidRequest for what is no event id.
+        """
+        if not EVENT_ID.fullmatch(after):
+            raise InvalidRequest(f"an event id looks like 1700000000000-0, got {after[:40]!r}")
+        found = await self.ask(self.redis.xrange(keys.events(job_id), f"({after}", "+", PAGE))
+        return [JobEvent(at, fields.pop("type"), fields) for at, fields in found]
+
+    async def follow(
+        self, job_id: str, after: str = FROM_THE_START, beat_s: float = 15.0
+    ) -> AsyncIterator[JobEvent | None]:
+        """Yield every event behind `after` as it happens, up to the last; None after each `beat_s`
+        without any.
+
+        Every process reads the same stream, so a story goes on in another one without a gap or a
+        repeat. An hour after the job's end only its last event is left to tell. Raises NotFound for
+        an unknown job.
+        """
+        async with self._changes.watch(job_id, float("inf")) as changes:
+            told = time.monotonic()
+            while True:
+                page = await self.events(job_id, after)
+                for event in page:
+                    yield event
+                    after, told = event.id, time.monotonic()
+                    if event.last:
+                        return
+                if page:
+                    continue
+                end = await self._end(job_id)
+                if end is not None and not await self.events(job_id, after):
+                    if end.id > after and not await self.ask(
+                        self.redis.exists(keys.events(job_id))
+                    ):
+                        yield end
+                    return
+                if time.monotonic() - told >= beat_s:
+                    yield None
+                    told = time.monotonic()
+                await changes.next()
+
+    async def _end(self, job_id: str) -> JobEvent | None:
+        """The last event of a job that has ended, from its record."""
+        status, at_ms = await self.ask(self.redis.hmget(keys.job(job_id), "status", "finished_ms"))
+        if status is None:
+            raise NotFound(f"there is no job {job_id}")
+        return JobEvent(f"{at_ms}-0", status) if status in TERMINAL_STATUSES else None

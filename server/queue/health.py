@@ -13,6 +13,7 @@ from server.queue.connection import RedisLine
 log = structlog.get_logger(__name__)
 
 MEMORY_LOOK_S = 1.0
+MEMORY_STALE_S = 5.0
 MAX_MEMORY_RATIO = 0.8
 
 
@@ -27,7 +28,7 @@ class RedisHealth(RedisLine):
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
         self.data_lost = ""
         self._epoch, self._seq = "", 0
-        self._memory_ratio, self._memory_at = 0.0, -MEMORY_LOOK_S
+        self._memory_ratio, self._memory_at = 0.0, -MEMORY_STALE_S
         self._monotonic: Callable[[], float] = time.monotonic
 
     async def preflight(self) -> list[str]:
@@ -56,9 +57,10 @@ class RedisHealth(RedisLine):
             return True
         return bool(saves.get("save"))
 
-    async def memory_ratio(self) -> float:
-        """Share of maxmemory in use, looked up at most once a second; 0 without a limit."""
-        if self._monotonic() - self._memory_at >= MEMORY_LOOK_S:
+    async def memory_ratio(self, older_s: float = MEMORY_STALE_S) -> float:
+        """Share of maxmemory in use; 0 without a limit. Looked up if older than `older_s`: upkeep
+        does so every second, so that a submission need not."""
+        if self._monotonic() - self._memory_at >= older_s:
             info = await self.ask(self.redis.info("memory"))
             limit = int(info.get("maxmemory", 0))
             self._memory_ratio = int(info["used_memory"]) / limit if limit else 0.0

@@ -10,65 +10,40 @@ All methods raise QueueUnavailable when Redis does not answer.
 import random
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 
 from server.config import Settings
-from server.errors import (
-    DeadlineTooShort,
-    IdempotencyMismatch,
-    InvalidRequest,
-    NotFound,
-    QueueFull,
-    QueueUnavailable,
-    TooManyJobs,
-)
-from server.protocol import (
-    DEFAULT_POOL,
-    DEFAULT_TENANT,
-    PRIORITIES,
-    JobError,
-    JobRecord,
-    JobResult,
-    JobSpec,
-    Priority,
-    ProtocolError,
-    is_job_id,
-    is_name,
-)
+from server.errors import NotFound, QueueUnavailable
+from server.protocol import JobError, JobRecord, JobResult, ProtocolError, is_job_id
 from server.queue import keys
 from server.queue.connection import MAX_BLOCK_S, connect
-from server.queue.events import ChangeListener
-from server.queue.health import MAX_MEMORY_RATIO, RedisHealth
+from server.queue.durability import Durability
+from server.queue.events import EventStream
+from server.queue.outbox import Outbox
 from server.queue.pools import PoolBoard
+from server.queue.previews import PreviewBoard
 from server.queue.records import (
     DEADLINE_MISSED,
     WORKER_LOST,
     Claim,
     ClaimState,
     claim_of,
-    record_of,
 )
+from server.queue.submission import FrontDoor, Idempotency, TenantLimits
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
-__all__ = ["WORKER_LOST", "Claim", "ClaimState", "Idempotency", "JobQueue", "open_queue"]
+__all__ = [
+    "WORKER_LOST", "Claim", "ClaimState", "Idempotency", "JobQueue", "TenantLimits", "open_queue",
+]  # fmt: skip
 
 log = structlog.get_logger(__name__)
 
 
-@dataclass(frozen=True)
-class Idempotency:
-    """An Idempotency-Key and the body it came with, both as sha256 in hex."""
-
-    key_hash: str
-    body_hash: str
-
-
-class JobQueue(RedisHealth, PoolBoard):
+class JobQueue(FrontDoor, PoolBoard, PreviewBoard, Outbox, EventStream):
     """The queue in one Redis. Use one instance per event loop.
 
     Args:
@@ -78,6 +53,7 @@ class JobQueue(RedisHealth, PoolBoard):
         result_ttl: seconds a finished job is kept.
         queue_limit: queued jobs per pool, beyond which `submit` refuses.
         tenant_limit: jobs of one tenant that have not ended, beyond which `submit` refuses.
+        durability: what an acknowledged submission must have outlived (`server.queue.durability`).
         clock_ms: the time in ms instead of Redis's own; for tests.
     """
 
@@ -90,6 +66,7 @@ class JobQueue(RedisHealth, PoolBoard):
         result_ttl: int = 24 * 3600,
         queue_limit: int = 1000,
         tenant_limit: int = 512,
+        durability: Durability = "everysec",
         clock_ms: Callable[[], int] | None = None,
     ) -> None:
         super().__init__(redis, clock_ms)
@@ -98,98 +75,11 @@ class JobQueue(RedisHealth, PoolBoard):
         self.result_ttl = result_ttl
         self.queue_limit = queue_limit
         self.tenant_limit = tenant_limit
-        self._changes = ChangeListener(redis)
+        self.durability = durability
         self._jitter = random.Random()
         self._scan_cursor = 0
 
-    async def close(self) -> None:
-        """Stop listening and close the connections."""
-        await self._changes.close()
-        await super().close()
-
     # Callers ------------------------------------------------------------------------------------
-
-    async def submit(
-        self,
-        job_id: str,
-        spec: JobSpec,
-        *,
-        tenant: str = DEFAULT_TENANT,
-        pool: str = DEFAULT_POOL,
-        priority: Priority = "normal",
-        cost_ms: float = 1000.0,
-        deadline_s: float | None = None,
-        idempotency: Idempotency | None = None,
-    ) -> JobRecord:
-        """Queue a job and return its record; the same id again is the same job, unchanged.
-
-        Args:
-            job_id: made by the caller (`new_job_id`).
-            spec: what to draw.
-            tenant: whose job it is.
-            pool: the workers that may run it.
-            priority: its class.
-            cost_ms: estimated device time, by which tenants and priorities share fairly.
-            deadline_s: from now; a job that has not ended by then expires.
-            idempotency: a key that was used before gives the job of that time.
-
-        Raises QueueFull (depth, memory), TooManyJobs (the tenant's own), DeadlineTooShort,
-        IdempotencyMismatch for a key used with another body, InvalidRequest for a malformed id,
-        name or deadline.
-        """
-        if not is_job_id(job_id) or not is_name(tenant) or not is_name(pool):
-            raise InvalidRequest(f"bad job id, tenant or pool: {job_id!r}, {tenant!r}, {pool!r}")
-        if priority not in PRIORITIES:
-            raise InvalidRequest(f"priority {priority!r} is not one of {', '.join(PRIORITIES)}")
-        deadline_ms = 0 if deadline_s is None else round(deadline_s * 1000)
-        if deadline_s is not None and deadline_ms < 1:
-            raise InvalidRequest(f"deadline_s must be at least 0.001, got {deadline_s}")
-        key = idempotency or Idempotency("", "")
-        if await self.memory_ratio() > MAX_MEMORY_RATIO:
-            raise QueueFull("the queue's memory is nearly used up; try again later")
-        answer = await self.run(
-            "submit", job_id, spec.to_json(), tenant, pool, priority, max(1, round(cost_ms)),
-            self.queue_limit, self.tenant_limit, deadline_ms, self._lease_ms,
-            key.key_hash, key.body_hash,
-        )  # fmt: skip
-        record = await self.get(self._accepted(answer, deadline_s))
-        if record is None:
-            raise NotFound(f"job {job_id} vanished from the queue right after it was submitted")
-        return record
-
-    def _accepted(self, answer: list[Any], deadline_s: float | None) -> str:
-        """Return the id of the job that now exists, or raise why there is none."""
-        state, job_id, seq, wait_ms, each_ms = answer
-        # A tenth of the work done means room again, for some of those who come back.
-        retry_after_s = each_ms / 1000 / 10
-        if state == "full":
-            sentence = f"the queue holds {self.queue_limit} jobs, its limit; try again later"
-            raise QueueFull(sentence, retry_after_s)
-        if state == "tenant":
-            sentence = f"you have {self.tenant_limit} jobs that have not ended, the limit"
-            raise TooManyJobs(sentence, retry_after_s)
-        if state == "late":
-            sentence = (
-                f"deadline_s {deadline_s:g} is too short: the estimated wait is "
-                f"{wait_ms / 1000:.1f} s"
-            )
-            raise DeadlineTooShort(sentence, wait_ms / 1000)
-        if state == "mismatch":
-            raise IdempotencyMismatch("this Idempotency-Key was used with another body")
-        self._note_seq(int(seq))
-        return str(job_id)
-
-    async def get(self, job_id: str) -> JobRecord | None:
-        """Return what is known of a job, or None if there is no such job (any more)."""
-        if not is_job_id(job_id):
-            return None
-        fields = await self.ask(self.redis.hgetall(keys.job(job_id)))
-        if not fields:
-            return None
-        rank = None
-        if fields["status"] == "queued":
-            rank = await self.ask(self.redis.zrank(keys.queued(fields["pool"]), job_id))
-        return record_of(job_id, fields, None if rank is None else rank + 1)
 
     async def cancel(self, job_id: str) -> JobRecord | None:
         """Cancel a job that has not ended; returns its record, None if there is no such job.
@@ -213,10 +103,6 @@ class JobQueue(RedisHealth, PoolBoard):
         if record is None:
             raise NotFound(f"there is no job {job_id}")
         return record
-
-    async def depth(self, pool: str = DEFAULT_POOL) -> int:
-        """Return the number of queued jobs of a pool."""
-        return int(await self.ask(self.redis.zcard(keys.queued(pool))))
 
     # Workers ------------------------------------------------------------------------------------
 
@@ -262,6 +148,20 @@ class JobQueue(RedisHealth, PoolBoard):
             (claim, state) for claim, state in zip(claims, states, strict=True) if state != "held"
         ]
 
+    async def look(self, claims: Sequence[Claim]) -> list[bool]:
+        """Return for each claim whether it seems to hold: one cheap read, many times a second.
+
+        Where it does not, any write under the claim tells for certain, and why.
+        """
+        if not claims:
+            return []
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for claim in claims:
+                pipe.hmget(keys.job(claim.job_id), ["status", "claim_no"])
+            found = await self.ask(pipe.execute())
+        wanted = (["running", str(claim.claim_no)] for claim in claims)
+        return [fields == want for fields, want in zip(found, wanted, strict=True)]
+
     async def progress(self, claim: Claim, step: int, total: int) -> ClaimState:
         """Record that `step` of `total` is done; tells whether the claim still holds."""
         state: ClaimState = await self.run(
@@ -286,10 +186,11 @@ class JobQueue(RedisHealth, PoolBoard):
         """Hand the job back unfinished; the attempt is not charged."""
         return bool(await self.run("release", *claim.fence))
 
-    async def wait_for_work(self, pool: str, timeout_s: float) -> None:
-        """Return when a job of the pool may be there to claim, at the latest after `timeout_s`."""
+    async def wait_for_work(self, pool: str, timeout_s: float) -> bool:
+        """Return when a job of the pool may be there to claim, at the latest after `timeout_s`;
+        whether somebody said so."""
         timeout_s = min(timeout_s, MAX_BLOCK_S)
-        await self.ask(self.redis.blpop([keys.wake(pool)], timeout=timeout_s))
+        return await self.ask(self.redis.blpop([keys.wake(pool)], timeout=timeout_s)) is not None
 
     # Any process --------------------------------------------------------------------------------
 
@@ -314,11 +215,6 @@ class JobQueue(RedisHealth, PoolBoard):
         )
         ids = [key.rsplit(":", 1)[1] for key in found]
         return int(await self.run("reconcile", *ids)) if ids else 0
-
-    async def stats(self) -> dict[str, int]:
-        """Return the counts of fenced writes and reclaimed jobs since the beginning."""
-        counts = await self.ask(self.redis.hgetall(keys.STATS))
-        return {name: int(counts.get(name, 0)) for name in ("fenced", "reclaimed")}
 
     # --------------------------------------------------------------------------------------------
 
@@ -351,4 +247,5 @@ def open_queue(settings: Settings) -> JobQueue:
         result_ttl=settings.result_ttl,
         queue_limit=settings.queue_limit,
         tenant_limit=settings.tenant_limit,
+        durability=settings.durability,
     )

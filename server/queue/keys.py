@@ -18,8 +18,15 @@ scheduled                         zset    jobs waiting out a backoff -> when the
 deadline                          zset    jobs that must end by some time -> that time
 dead                              zset    jobs that used up their attempts -> when
 open:<tenant>                     zset    a tenant's jobs that have not ended
+jobs:<tenant>                     zset    a tenant's jobs by submit order, as long as results live
+usage:<tenant>:<day>              hash    jobs and cost of a UTC day; two days
 idem:<tenant>:<sha256 of key>     hash    job of an Idempotency-Key, and hash of its body; TTL
-events:<id>                       stream  what happened to a job
+events:<id>                       stream  what happened to a job; an hour after its end
+preview:<id>                      string  latest preview picture; a minute
+preview:<id>:<image>:<k>          string  partial picture k of picture `image`; a minute
+watch:<id>                        string  somebody looks at the job's previews; a minute
+outbox                            zset    jobs whose end a webhook must tell -> next try; a day
+delivery:<id>                     hash    where to, what, and tries so far; a day
 wake:<pool>                       list    tokens that wake idle workers
 model:<pool>                      hash    what the workers of the pool serve, and who said so
 pools                             set     pools with a published model
@@ -28,6 +35,7 @@ worker:<id>                       hash    one worker; expires without heartbeats
 seq                               string  logical time: grows with every job that comes or ends
 epoch                             hash    names one unbroken history; when it was last looked at
 stats                             hash    fenced writes and reclaimed jobs, counted
+signing                           string  key of signed URLs
 sweep                             string  who sweeps the blob store; TTL
 changes                           channel ids of jobs that changed
 """
@@ -44,6 +52,8 @@ SEQ = PREFIX + "seq"
 EPOCH = PREFIX + "epoch"
 STATS = PREFIX + "stats"
 SWEEP = PREFIX + "sweep"
+SIGNING = PREFIX + "signing"
+OUTBOX = PREFIX + "outbox"
 CHANGES = PREFIX + "changes"
 
 SECOND_MS = 1000
@@ -52,6 +62,11 @@ DEAD_TTL_MS = 7 * DAY_MS
 DEAD_LIMIT = 10_000
 EVENTS_TTL_MS = 3600 * SECOND_MS
 EVENTS_LIMIT = 256
+PREVIEW_TTL_MS = 60 * SECOND_MS
+PREVIEW_LIMIT_BYTES = 64 * 1024
+OUTBOX_TTL_MS = DAY_MS
+USAGE_TTL_MS = 2 * DAY_MS
+UNLIST_LIMIT = 8  # old entries of a tenant's list that one submission looks at
 DRAIN_TTL_MS = 30 * SECOND_MS
 WAKE_TTL_MS = 60 * SECOND_MS
 WAKE_LIMIT = 64
@@ -102,6 +117,36 @@ def open_jobs(tenant: str) -> str:
     return f"{PREFIX}open:{tenant}"
 
 
+def listed(tenant: str) -> str:
+    """The jobs of a tenant by submit order."""
+    return f"{PREFIX}jobs:{tenant}"
+
+
+def usage(tenant: str, day: int) -> str:
+    """What a tenant has used on a day, counted from 1 January 1970 UTC."""
+    return f"{PREFIX}usage:{tenant}:{day}"
+
+
+def preview(job_id: str) -> str:
+    """The latest preview of a job."""
+    return f"{PREFIX}preview:{job_id}"
+
+
+def partial(job_id: str, image: int, number: int) -> str:
+    """Partial picture `number` of a job's picture `image`."""
+    return f"{PREFIX}preview:{job_id}:{image}:{number}"
+
+
+def watch(job_id: str) -> str:
+    """Exists while somebody looks at a job's previews."""
+    return f"{PREFIX}watch:{job_id}"
+
+
+def delivery(job_id: str) -> str:
+    """One webhook delivery."""
+    return f"{PREFIX}delivery:{job_id}"
+
+
 def wake(pool: str) -> str:
     """The list idle workers of a pool block on."""
     return f"{PREFIX}wake:{pool}"
@@ -135,11 +180,17 @@ def lua_prelude() -> str:
         "EPOCH": EPOCH,
         "STATS": STATS,
         "CHANGES": CHANGES,
+        "OUTBOX": OUTBOX,
         "DEAD_TTL": DEAD_TTL_MS,
         "DEAD_LIMIT": DEAD_LIMIT,
         "EVENTS_TTL": EVENTS_TTL_MS,
         "EVENTS_LIMIT": EVENTS_LIMIT,
         "DRAIN_TTL": DRAIN_TTL_MS,
+        "PREVIEW_TTL": PREVIEW_TTL_MS,
+        "OUTBOX_TTL": OUTBOX_TTL_MS,
+        "USAGE_TTL": USAGE_TTL_MS,
+        "UNLIST_LIMIT": UNLIST_LIMIT,
+        "DAY": DAY_MS,
         "WAKE_TTL": WAKE_TTL_MS,
         "WAKE_LIMIT": WAKE_LIMIT,
         "BACKOFF": BACKOFF_MS,

@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from server.protocol import JobError, JobRecord, JobResult, JobSpec
+from server.protocol import JobError, JobRecord, JobResult, JobSpec, Priority
 
-ClaimState = Literal["held", "canceled", "expired", "lost"]
+# A claim holds; its job was canceled or is too late; it has ended itself; the job is another's.
+ClaimState = Literal["held", "canceled", "expired", "ended", "lost"]
 
 WORKER_LOST = JobError(
     code="worker-lost", detail="the worker running this job died, on every attempt it was given"
@@ -15,7 +16,8 @@ DEADLINE_MISSED = JobError(code="deadline", detail="the job did not end by its d
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A worker's right to run a job. `waited_ms` is the time from submission to this claim.
+    """A worker's right to run a job. `waited_ms` is the time from submission to this claim,
+    `left_ms` from there to its deadline, if it has one.
 
     A `solo` job was lost by an earlier worker: it may have killed it, so it runs alone.
     """
@@ -29,6 +31,8 @@ class Claim:
     waited_ms: int
     cost_ms: int
     spec: JobSpec
+    priority: Priority = "normal"
+    left_ms: int | None = None
 
     @property
     def key(self) -> str:
@@ -43,7 +47,9 @@ class Claim:
 
 def claim_of(worker: str, answer: list[Any]) -> Claim:
     """Read one element of the claim script's answer; raises ProtocolError for its specification."""
-    job_id, claim_no, attempts, tenant, solo, waited_ms, cost_ms, spec_json = answer
+    job_id, claim_no, attempts, tenant, solo, waited_ms, cost_ms, spec_json, priority, left_ms = (
+        answer
+    )
     return Claim(
         job_id=job_id,
         claim_no=claim_no,
@@ -54,6 +60,8 @@ def claim_of(worker: str, answer: list[Any]) -> Claim:
         waited_ms=waited_ms,
         cost_ms=int(cost_ms),
         spec=JobSpec.from_json(spec_json),
+        priority=priority,
+        left_ms=left_ms if left_ms >= 0 else None,
     )
 
 

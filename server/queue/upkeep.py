@@ -8,6 +8,7 @@ import structlog
 
 from server.errors import QueueUnavailable
 from server.queue.blobs import BlobStore
+from server.queue.health import MEMORY_LOOK_S
 from server.queue.jobs import JobQueue
 from server.queue.sweeper import sweep
 
@@ -51,6 +52,7 @@ class Upkeep:
             for warning in await self._queue.preflight():
                 log.warning("unsuitable Redis", why=warning)
             self._checked = True
+        await self._queue.memory_ratio(MEMORY_LOOK_S)
         taken = await self._queue.reap()
         if taken:
             log.warning("jobs taken back from silent workers", jobs=taken)

@@ -17,12 +17,22 @@ from server.protocol import JobError, JobSpec, StepCounts
 from server.queue.jobs import Claim
 from server.scheduler.request import RunningRequest
 from server.scheduler.scheduler import Remaining, StepBatch
+from server.worker.memory import is_out_of_memory, release_memory
 
 log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 INTERNAL = JobError(
     code="internal", detail="the worker hit an unexpected error; its log has the details"
+)
+
+OUT_OF_MEMORY = JobError(
+    code="out-of-memory",
+    detail="the picture needs more memory than the device has free; ask for a smaller one or fewer",
+)
+TILED = (
+    "the device was short of memory, so the picture was decoded in tiles; "
+    "it may differ slightly from one that was not"
 )
 
 
@@ -48,8 +58,24 @@ class RequestState(Protocol):
         """Tokens of the next step."""
 
     @property
+    def num_sequences(self) -> int:
+        """Sequences of the next step."""
+
+    @property
+    def predicted(self) -> Sequence[Any]:
+        """Clean latents of every image as the last step foresaw them."""
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory it keeps between steps."""
+
+    @property
     def prompt_tokens(self) -> int:
         """Tokens of the prompt, template included."""
+
+    @property
+    def cache_decisions(self) -> dict[str, str]:
+        """What a cache threshold decided, by branch."""
 
 
 class StepPipeline(Protocol):
@@ -61,8 +87,8 @@ class StepPipeline(Protocol):
     def denoise_step(self, states: Sequence[Any], /) -> None:
         """Advance every state by one step, or raise and advance none."""
 
-    def decode(self, states: Sequence[Any], /) -> list[list[Image.Image]]:
-        """Return the pictures of each state."""
+    def decode(self, states: Sequence[Any], /, *, tiled: bool = False) -> list[list[Image.Image]]:
+        """Return the pictures of each state; `tiled` needs less memory."""
 
 
 @dataclass
@@ -117,11 +143,19 @@ class Engine:
     Args:
         pipeline: the model.
         beat: called after every stage, to show progress.
+        on_out_of_memory: called with the tokens of a step that memory did not suffice for.
     """
 
-    def __init__(self, pipeline: StepPipeline, beat: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        pipeline: StepPipeline,
+        beat: Callable[[], None] = lambda: None,
+        on_out_of_memory: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._pipeline = pipeline
         self._beat = beat
+        self._on_out_of_memory = on_out_of_memory
+        self.num_out_of_memory = 0
         self._jobs: dict[str, ActiveJob] = {}
 
     def prepare(self, claim: Claim, claimed_at: float) -> RunningRequest | Failure:
@@ -130,17 +164,22 @@ class Engine:
             state: RequestState = self._pipeline.prepare(generation_request(claim.spec))
         except ValueError as error:
             return Failure(claim, JobError(code="invalid-request", detail=str(error)), retry=False)
-        except Exception:
+        except Exception as error:
             log.exception("prepare failed", job=claim.job_id)
-            return Failure(claim, INTERNAL, retry=True)
+            return self._failure(claim, error)
         self._jobs[claim.key] = ActiveJob(claim, state, claimed_at, time.monotonic())
         self._beat()
         return RunningRequest(
             key=claim.key,
             num_tokens=state.num_tokens,
+            num_sequences=state.num_sequences,
             steps_left=state.num_steps,
             cost_ms=claim.cost_ms,
             solo=claim.solo,
+            priority=claim.priority,
+            submitted_at=claimed_at - claim.waited_ms / 1000,
+            held_bytes=state.held_bytes,
+            deadline_at=None if claim.left_ms is None else claimed_at + claim.left_ms / 1000,
         )
 
     def step(self, batch: StepBatch) -> list[Failure]:
@@ -148,9 +187,7 @@ class Engine:
         if not batch.keys:
             return []
         jobs = [self._jobs[key] for key in batch.keys]
-        _, failures = self._run(
-            lambda some: self._pipeline.denoise_step([job.state for job in some]), jobs
-        )
+        _, failures = self._run(self._denoise, jobs)
         self._beat()
         return failures
 
@@ -158,7 +195,9 @@ class Engine:
         """What the members of the batch still need; failed ones are missing."""
         states = {key: self._jobs[key].state for key in batch.keys if key in self._jobs}
         return {
-            key: Remaining(state.num_tokens, state.num_steps - state.step_index)
+            key: Remaining(
+                state.num_tokens, state.num_steps - state.step_index, state.num_sequences
+            )
             for key, state in states.items()
         }
 
@@ -176,6 +215,10 @@ class Engine:
         self._beat()
         return [each for some in decoded for each in some], failures
 
+    def job(self, key: str) -> ActiveJob:
+        """A running request."""
+        return self._jobs[key]
+
     def progress(self, key: str) -> tuple[int, int]:
         """Steps done and steps in all of a running request."""
         state = self._jobs[key].state
@@ -190,8 +233,24 @@ class Engine:
         """The claims of all requests that have not been decoded."""
         return [job.claim for job in self._jobs.values()]
 
+    def _denoise(self, jobs: list[ActiveJob]) -> None:
+        try:
+            self._pipeline.denoise_step([job.state for job in jobs])
+        except Exception as error:
+            if is_out_of_memory(error):
+                self._on_out_of_memory(sum(job.state.num_tokens for job in jobs))
+            raise
+
     def _decode(self, jobs: list[ActiveJob]) -> list[Decoded]:
-        pictures = self._pipeline.decode([job.state for job in jobs])
+        try:
+            pictures = self._pipeline.decode([job.state for job in jobs])
+        except Exception as error:
+            if len(jobs) > 1 or not is_out_of_memory(error):
+                raise
+            log.warning("decoding in tiles", job=jobs[0].claim.job_id)
+            release_memory()
+            pictures = self._pipeline.decode([jobs[0].state], tiled=True)
+            jobs[0].state.warnings.append(TILED)
         now = time.monotonic()
         for job in jobs:
             job.decoded_at = now
@@ -200,25 +259,35 @@ class Engine:
     def _run(
         self, act: Callable[[list[ActiveJob]], T], jobs: list[ActiveJob]
     ) -> tuple[list[T], list[Failure]]:
-        """Act on all jobs at once or, if that raises, on each alone: the culprit fails alone.
+        """Act on all jobs at once or, if that raises, on fewer: the culprit fails alone.
 
-        A step that raises has changed no state, so the others lose nothing.
+        A step that raises has changed no state, so the others lose nothing. A batch that is too
+        large for memory is halved, any other is tried member by member; a job that is too large
+        alone gets a second chance after everything unused has been given back.
         """
         try:
             return [act(jobs)], []
-        except Exception:
+        except Exception as error:
+            failed, short = error, is_out_of_memory(error)
             log.exception("batch failed", jobs=[job.claim.job_id for job in jobs])
-            if len(jobs) == 1:
-                return [], [self._give_up(jobs[0])]
-        results, failures = [], []
-        for job in jobs:
+        if short:
+            self.num_out_of_memory += 1
+            release_memory()
+        if len(jobs) > 1:
+            size = (len(jobs) + 1) // 2 if short else 1
+            parts = [self._run(act, jobs[i : i + size]) for i in range(0, len(jobs), size)]
+            return [x for some, _ in parts for x in some], [x for _, some in parts for x in some]
+        if short:
             try:
-                results.append(act([job]))
-            except Exception:
-                log.exception("job failed alone too", job=job.claim.job_id)
-                failures.append(self._give_up(job))
-        return results, failures
+                return [act(jobs)], []
+            except Exception as error:
+                failed = error
+                log.exception("job failed again", job=jobs[0].claim.job_id)
+        self._jobs.pop(jobs[0].claim.key, None)
+        return [], [self._failure(jobs[0].claim, failed)]
 
-    def _give_up(self, job: ActiveJob) -> Failure:
-        self._jobs.pop(job.claim.key, None)
-        return Failure(job.claim, INTERNAL, retry=True)
+    def _failure(self, claim: Claim, error: Exception) -> Failure:
+        """What the caller hears of an error; want of memory would only repeat itself."""
+        if is_out_of_memory(error):
+            return Failure(claim, OUT_OF_MEMORY, retry=False)
+        return Failure(claim, INTERNAL, retry=True)

@@ -31,7 +31,10 @@ T = TypeVar("T")
 
 RETRY_S = (0.2, 2.0)
 BUSY_CLAIM_S = 0.05
-PROGRESS_S = 0.05
+LOOK_S = 0.05  # how soon a cancellation is heard of
+PROGRESS_S = 0.25  # how often the progress of one job is told
+AWAY_S = 10.0  # without an answer of the queue for so long, a worker is not ready
+STORE_S = 120.0  # a job that is being stored for longer hangs in the blob store
 
 
 @dataclass(frozen=True)
@@ -58,21 +61,34 @@ class Intake:
         worker_id: names this worker in leases.
         pool: whose jobs to claim.
         pulse: beaten by the engine; when it stops, leases are no longer renewed.
+        store_s: how long a job may be on its way into the blob store before it is let go.
     """
 
     def __init__(
-        self, open_queue: Callable[[], JobQueue], worker_id: str, pool: str, pulse: Pulse
+        self,
+        open_queue: Callable[[], JobQueue],
+        worker_id: str,
+        pool: str,
+        pulse: Pulse,
+        store_s: float = STORE_S,
     ) -> None:
         self.worker_id = worker_id
         self.pool = pool
         self._open_queue = open_queue
         self._pulse = pulse
+        self._store_s = store_s
         self._held: dict[str, Claim] = {}
         self._steps: dict[str, tuple[int, int]] = {}
+        self._told_at: dict[str, float] = {}
+        self._arrived: dict[str, float] = {}
+        self._storing: dict[str, float] = {}
+        self._looked_at = self._answered_at = time.monotonic()
+        self._was_ready = True
+        self._away_limit_s = AWAY_S
         self._news: queue.SimpleQueue[Arrival | str | None] = queue.SimpleQueue()
         self._settling: set[asyncio.Task[Any]] = set()
         self._asked: Future[None] | None = None
-        self._waiting: asyncio.Future[None] | None = None
+        self._waiting: asyncio.Future[bool] | None = None
         self._stopping = False
         self._draining = False
         self._beating = asyncio.Lock()
@@ -84,6 +100,7 @@ class Intake:
     def start(self, info: ModelInfo) -> None:
         """Start the thread, tell the API what this worker serves, and show up as alive."""
         self._queue = self._open_queue()
+        self._away_limit_s = max(self._away_limit_s, self._queue.lease_s)
         self._info = info
         self._thread.start()
         self._call(self._publish())
@@ -95,7 +112,9 @@ class Intake:
         """Return the news, waiting up to `wait_s` for some; asks for jobs where there is room."""
         answered = self._asked is None or self._asked.done()
         # With news unread, `capacity` does not count the jobs among them: ask at the next poll.
-        if capacity.jobs > 0 and not self._stopping and answered and self._news.empty():
+        room = capacity.jobs > 0 and not self._stopping and not self._store_hangs()
+        if room and answered and self._news.empty():
+            self._looked_at = time.monotonic()
             self._asked = self._call(self._claim(capacity))
         inbox = Inbox([], [])
         news = self._next_news(wait_s)
@@ -111,12 +130,29 @@ class Intake:
         """Say that `step` of `total` is done; only the latest of a claim is sent."""
         self._loop.call_soon_threadsafe(self._steps.__setitem__, key, (step, total))
 
+    def ask(self, act: Callable[[JobQueue], Coroutine[Any, Any, T]]) -> Future[T]:
+        """Do something with the queue on its own thread, once; errors are in the future."""
+        return self._call(act(self._queue))
+
+    def storing(self, claim: Claim) -> None:
+        """Say that the engine is done with a claim: from here on the blob store has its time."""
+        self._storing[claim.key] = time.monotonic()
+
+    @property
+    def ready(self) -> bool:
+        """Whether this worker takes work: the queue answers, nothing hangs, nobody stops it."""
+        away = time.monotonic() - self._answered_at > self._away_limit_s
+        faults = away, self._claims_stale(), self._pulse.hung(), self._store_hangs()
+        return not (self._stopping or any(faults))
+
     def complete(self, claim: Claim, result: JobResult) -> Future[bool]:
         """Commit a result, for as long as it takes; False if the claim no longer holds."""
+        self._storing.pop(claim.key, None)
         return self._call(self._settle(claim, lambda: self._queue.complete(claim, result)))
 
     def fail(self, claim: Claim, error: JobError, retry: bool) -> Future[bool]:
         """End the attempt with an error."""
+        self._storing.pop(claim.key, None)
         return self._call(self._settle(claim, lambda: self._queue.fail(claim, error, retry)))
 
     def release(self, claim: Claim) -> Future[bool]:
@@ -173,9 +209,10 @@ class Intake:
                 claims = await self._queue.claim(
                     self.worker_id, self.pool, capacity.jobs, capacity.cost_ms, idle=capacity.idle
                 )
-                now = time.monotonic()
+                now = self._looked_at = self._answered_at = time.monotonic()
                 for claim in claims:
                     self._held[claim.key] = claim
+                    self._arrived[claim.key] = now
                     self._news.put(Arrival(claim, now))
                 if claims:
                     return
@@ -201,6 +238,8 @@ class Intake:
 
     async def _beat(self) -> None:
         """Renew the leases, unless the engine hangs; drop the claims that are gone."""
+        self._tell_readiness()
+        self._let_go_of_the_unstored()
         if self._pulse.hung():
             log.error("no progress: leases are let go", jobs=len(self._held))
         else:
@@ -214,9 +253,10 @@ class Intake:
     async def _renew(self) -> None:
         async with self._beating:  # a beat under way must not overtake the signing off
             held = list(self._held.values())
-            gone = await self._queue.heartbeat(
-                self.worker_id, self.pool, held, draining=self._draining
-            )
+            # A worker that renews but no longer claims must not be taken for one that takes work.
+            closed = self._draining or self._claims_stale()
+            gone = await self._queue.heartbeat(self.worker_id, self.pool, held, draining=closed)
+        self._answered_at = time.monotonic()
         for claim, state in gone:
             self._drop(claim, state)
 
@@ -229,15 +269,27 @@ class Intake:
             log.warning("queue away", doing="sign off", reason=error.detail)
 
     async def _report(self) -> None:
-        """Send the latest step of every job; the answer tells at once who was canceled."""
-        steps, self._steps = self._steps, {}
-        for key, (step, total) in steps.items():
-            claim = self._held.get(key)
-            if claim is not None:
-                state = await self._queue.progress(claim, step, total)
-                if state != "held":
-                    self._drop(claim, state)
-        await asyncio.sleep(PROGRESS_S)
+        """Tell the latest step of every job, not too often, and at once that of a doubtful one.
+
+        A job is doubtful when its record no longer shows the claim or its deadline has passed; the
+        answer then says who was canceled, so that it leaves the device at its next step.
+        """
+        claims = {key: self._held[key] for key in self._steps if key in self._held}
+        looks = await self._queue.look(list(claims.values()))
+        now = time.monotonic()
+        for (key, claim), held in zip(claims.items(), looks, strict=True):
+            early = now - self._told_at.get(key, 0.0) < PROGRESS_S
+            late = claim.left_ms is not None and now >= self._arrived[key] + claim.left_ms / 1000
+            if (held and early and not late) or key not in self._steps:
+                continue
+            self._told_at[key] = now
+            state = await self._queue.progress(claim, *self._steps.pop(key))
+            if state != "held":
+                self._drop(claim, state)
+        for known in (self._steps, self._told_at, self._arrived):
+            for key in known.keys() - self._held.keys():
+                known.pop(key, None)
+        await asyncio.sleep(LOOK_S)
 
     async def _settle(self, claim: Claim, act: Callable[[], Awaitable[bool]]) -> bool:
         """End a claim, retrying while Redis is away: the lease is renewed meanwhile."""
@@ -261,7 +313,31 @@ class Intake:
             except QueueUnavailable as error:
                 await self._pause("commit", error)
 
+    def _claims_stale(self) -> bool:
+        """Whether the claim loop, asked for jobs, does not come round any more."""
+        asking = self._asked is not None and not self._asked.done()
+        return asking and time.monotonic() - self._looked_at > self._away_limit_s
+
+    def _store_hangs(self) -> bool:
+        limit = time.monotonic() - self._store_s
+        return any(since < limit for since in list(self._storing.values()))
+
+    def _let_go_of_the_unstored(self) -> None:
+        """Renew no lease of a job that hangs in the blob store: others must get it."""
+        limit = time.monotonic() - self._store_s
+        for key, claim in list(self._held.items()):
+            if self._storing.get(key, limit) < limit:
+                log.error("storing hangs: the lease is let go", job=claim.job_id)
+                del self._held[key]
+
+    def _tell_readiness(self) -> None:
+        if self.ready != self._was_ready:
+            self._was_ready = self.ready
+            log.warning("ready again" if self._was_ready else "not ready")
+
     def _drop(self, claim: Claim, state: str) -> None:
+        if state == "ended":  # the commit under way came first
+            return
         if self._held.pop(claim.key, None) is not None:
             log.info("job dropped", job=claim.job_id, claim_no=claim.claim_no, why=state)
             self._news.put(claim.key)

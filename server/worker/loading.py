@@ -1,4 +1,4 @@
-"""Loads a checkpoint for serving, warms it up, and says what it offers.
+"""Loads a checkpoint for serving, and says what it offers.
 
 Torch is imported when a checkpoint is loaded, not before: it takes seconds, and a worker that is
 told to stop meanwhile should not have to wait for it.
@@ -6,19 +6,17 @@ told to stop meanwhile should not have to wait for it.
 
 import dataclasses
 import hashlib
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from model.request import GenerationRequest
 from server.protocol import ModelInfo
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
     from server.worker.engine import StepPipeline
-
-WARM_UP_STEPS = 2
+    from server.worker.preview import Painter
 
 
 @dataclass(frozen=True)
@@ -28,20 +26,30 @@ class LoadedModel:
     Attributes:
         pipeline: the model.
         info: its offer.
-        arithmetic: precision and attention backend, for logs and `lumina inspect`.
+        painter: draws unfinished latents, for previews.
+        arithmetic: precision, attention backend and merged LoRAs, for logs and `lumina inspect`.
     """
 
     pipeline: "StepPipeline"
     info: ModelInfo
+    painter: "Painter | None" = None
     arithmetic: dict[str, str] = field(default_factory=dict)
 
 
-def load_model(folder: Path, precision: str = "auto") -> LoadedModel:
+def load_model(
+    folder: Path,
+    precision: str = "auto",
+    *,
+    merged_loras: Sequence[tuple[Path, float]] = (),
+    lora_dir: Path | None = None,
+) -> LoadedModel:
     """Load a checkpoint folder on the GPU or, without one, the CPU.
 
     Args:
         folder: of the checkpoint.
         precision: `fp32`, `bf16` or `mixed`; `auto` takes what serves best on the device.
+        merged_loras: LoRA files and factors, merged into the weights.
+        lora_dir: a folder of LoRA files that requests may name.
 
     Raises ValueError (`CheckpointError`) with one line that names the file and the fault.
     """
@@ -49,14 +57,22 @@ def load_model(folder: Path, precision: str = "auto") -> LoadedModel:
 
     from model import load_pipeline
     from model.precision import default_precision
+    from model.preview import LatentPainter
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = default_precision(device)
-    pipeline = load_pipeline(folder, device=device, precision=precision)
+    pipeline = load_pipeline(
+        folder, device=device, precision=precision, merged_loras=merged_loras, lora_dir=lora_dir
+    )
     dit = pipeline.dit
     arithmetic = {"device": device, "precision": dit.precision, "attention": dit.attention.name}
-    return LoadedModel(pipeline, describe(pipeline, folder), arithmetic)
+    info = describe(pipeline, folder)
+    if merged_loras:
+        merged = " and ".join(f"{path.name} x {scale:g}" for path, scale in merged_loras)
+        arithmetic["merged"] = merged
+        info = dataclasses.replace(info, hash=merged_hash(info.hash, merged_loras))
+    return LoadedModel(pipeline, info, LatentPainter(pipeline.vae), arithmetic)
 
 
 def describe(pipeline: "Pipeline", folder: Path) -> ModelInfo:
@@ -80,6 +96,7 @@ def describe(pipeline: "Pipeline", folder: Path) -> ModelInfo:
         defaults=dict(config.defaults),
         presets={name: dict(preset) for name, preset in config.presets.items()},
         templates=TEMPLATE_NAMES,
+        loras=pipeline.loras.names if pipeline.loras is not None else (),
     )
 
 
@@ -96,15 +113,9 @@ def checkpoint_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def warm_up(model: LoadedModel) -> ModelInfo:
-    """Draw one picture of the default size and few steps; returns the offer with the step cost."""
-    pipeline = model.pipeline
-    request = GenerationRequest(prompt="warm-up", seed=0, num_inference_steps=WARM_UP_STEPS)
-    state = pipeline.prepare(request)
-    step_s = 0.0
-    while state.step_index < state.num_steps:
-        started = time.monotonic()
-        pipeline.denoise_step([state])
-        step_s = time.monotonic() - started  # the last one: the first pays for caches
-    pipeline.decode([state])
-    return dataclasses.replace(model.info, step_cost_ms=round(step_s * 1000, 3))
+def merged_hash(checkpoint: str, merged_loras: Sequence[tuple[Path, float]]) -> str:
+    """Return the sha256 that identifies a checkpoint with LoRAs merged into it."""
+    from model.checkpoint import sha256_file
+
+    parts = [f"{sha256_file(path)} {scale!r}" for path, scale in merged_loras]
+    return hashlib.sha256("\n".join([checkpoint, *parts]).encode()).hexdigest()

@@ -1,7 +1,7 @@
 """The model in this process, without a queue: what `lumina generate` and `lumina inspect` do."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,19 @@ class Drawing:
     Args:
         folder: of the checkpoint.
         precision: as in `load_model`.
+        merged_loras: as in `load_model`.
+        lora_dir: as in `load_model`.
     """
 
-    def __init__(self, folder: Path, precision: str = "auto") -> None:
-        self._model = load_model(folder, precision)
+    def __init__(
+        self,
+        folder: Path,
+        precision: str = "auto",
+        *,
+        merged_loras: Sequence[tuple[Path, float]] = (),
+        lora_dir: Path | None = None,
+    ) -> None:
+        self._model = load_model(folder, precision, merged_loras=merged_loras, lora_dir=lora_dir)
         assert isinstance(self._model.pipeline, Pipeline)
         self._pipeline = self._model.pipeline
         self._state: DenoiseState | None = None
@@ -65,12 +74,16 @@ class Drawing:
         )
 
 
-def describe_checkpoint(folder: Path, precision: str = "auto") -> list[tuple[str, str]]:
+def describe_checkpoint(
+    folder: Path, precision: str = "auto", lora_dir: Path | None = None
+) -> list[tuple[str, str]]:
     """Load a checkpoint and return what it is, and how it would be computed here, as lines.
+
+    With a folder of LoRAs, also what each of these is.
 
     Raises ValueError (`CheckpointError`) with one line that names the file and the fault.
     """
-    model = load_model(folder, precision)
+    model = load_model(folder, precision, lora_dir=lora_dir)
     assert isinstance(model.pipeline, Pipeline)
     config, info = model.pipeline.dit.config, model.info
     limits = f"{info.min_size} to {info.max_size} pixels in steps of {info.size_multiple}"
@@ -98,6 +111,9 @@ def describe_checkpoint(folder: Path, precision: str = "auto") -> list[tuple[str
     facts += [("sizes", limits), ("steps", f"1 to {info.max_steps}")]
     facts += [("defaults", _settings_line(info.defaults))]
     facts += [(f"preset {name}", _settings_line(preset)) for name, preset in info.presets.items()]
+    loras = model.pipeline.loras
+    for name, file in loras.files.items() if loras is not None else ():
+        facts.append((f"lora {name}", ", ".join(f"{what} {value}" for what, value in file.facts)))
     return [*facts, ("prompt tokens", _token_line(model.pipeline)), *model.arithmetic.items()]
 
 

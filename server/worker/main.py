@@ -1,6 +1,7 @@
 """The worker process: the loop around the engine, signals, and the orderly end."""
 
 import concurrent.futures
+import dataclasses
 import os
 import secrets
 import signal
@@ -18,12 +19,15 @@ from server.log import configure_logging
 from server.protocol import DEFAULT_POOL
 from server.queue.blobs import BlobStore
 from server.queue.jobs import Claim, open_queue
+from server.scheduler.budget import StepBudget
 from server.scheduler.scheduler import Capacity, Scheduler, StepBatch
 from server.worker.engine import Decoded, Engine, Failure
 from server.worker.intake import Arrival, Intake
-from server.worker.loading import LoadedModel, load_model, warm_up
+from server.worker.loading import LoadedModel, load_model
 from server.worker.output import Output
+from server.worker.preview import Painter, Previews
 from server.worker.pulse import Pulse
+from server.worker.warmup import WarmUp, compiled_graphs, warm_up
 
 log = structlog.get_logger(__name__)
 
@@ -38,15 +42,24 @@ class Worker:
     """The engine's loop: every turn advances all running requests by one denoising step."""
 
     def __init__(
-        self, scheduler: Scheduler, engine: Engine, intake: Intake, output: Output, pulse: Pulse
+        self,
+        scheduler: Scheduler,
+        engine: Engine,
+        intake: Intake,
+        output: Output,
+        pulse: Pulse,
+        painter: Painter | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
         self.intake = intake
         self.output = output
         self.pulse = pulse
+        self.previews = Previews(intake, painter)
         self.stopping = False
         self._step_s = 0.0
+        self.num_recompiles = 0
+        self._graphs = compiled_graphs()  # of the warm-up; any more are too many
 
     def run(self, drain_s: float) -> None:
         """Serve until `stopping` is set, then finish what fits into `drain_s` and hand back."""
@@ -94,11 +107,20 @@ class Worker:
         failures = self.engine.step(batch)
         if batch.keys:
             self._step_s = time.monotonic() - started
+            self._count_recompiles()
         failed = {failure.claim.key for failure in failures}
         for key in batch.keys:
             if key not in failed:
                 self.intake.report(key, *self.engine.progress(key))
+                self.previews.step_done(self.engine.job(key))
         return failures
+
+    def _count_recompiles(self) -> None:
+        """Notice what the warm-up should have compiled: it stops everybody for seconds."""
+        more = compiled_graphs() - self._graphs - self.num_recompiles
+        if more:
+            self.num_recompiles += more
+            log.warning("recompiled after warm-up", graphs=more, step_s=round(self._step_s, 3))
 
     def _hand_over(self, decoded: Sequence[Decoded], failures: Sequence[Failure]) -> None:
         for each in decoded:
@@ -114,6 +136,7 @@ class Worker:
         released = [self._release(claim) for claim in self._too_long(deadline)]
         while (len(self.scheduler) or self.output.pending) and time.monotonic() < deadline:
             self.turn()
+        self.previews.stop()
         self.turn_away()
         released += [self._release(claim) for claim in self.engine.claims()]
         released += [self.intake.release(claim) for claim in self.output.stop()]
@@ -169,8 +192,9 @@ def run_worker(
     try:
         model = load(model_dir, settings.precision)
         pulse = Pulse()
-        info = warm_up(model)  # refuses what no part alone can see, such as an impossible default
-        pulse.beat()  # the warm-up is the first stage by which later ones are judged
+        # Refuses what no part alone can see, such as an impossible default. Its stages are the
+        # first by which later ones are judged.
+        warm = warm_up(model, settings.warmup, pulse.beat)
     except (ValueError, OSError) as error:
         _say_once(f"lumina worker: {_one_line(error)}", token_fd)
         return MISUSE
@@ -179,21 +203,32 @@ def run_worker(
         what = f"{type(error).__name__}: {_one_line(error)}"
         print(f"lumina worker: loading failed: {what}", file=sys.stderr, flush=True)
         return LOAD_FAULT
+    info = warm.info
     load_s = round(time.monotonic() - started, 2)
     log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s, **model.arithmetic)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
-    worker = Worker(
-        Scheduler(max_running=settings.max_running, max_step_tokens=settings.max_step_tokens),
-        Engine(model.pipeline, pulse.beat),
-        intake,
-        Output(intake, BlobStore(settings.blob_store_url), info.name, info.hash),
-        pulse,
-    )
+    worker = _make_worker(settings, model, warm, intake, pulse)
     _stop_on_signals(worker)
     intake.start(info)
     worker.run(settings.drain_s)
     _leave_at_once()
     return 0
+
+
+def _make_worker(
+    settings: Settings, model: LoadedModel, warm: WarmUp, intake: Intake, pulse: Pulse
+) -> Worker:
+    """A worker whose scheduler knows what the warm-up measured."""
+    costs = {"cost": dataclasses.asdict(warm.cost), "memory": dataclasses.asdict(warm.memory)}
+    log.info("warmed up", **costs)
+    scheduler = Scheduler(
+        max_running=settings.max_running,
+        max_step_tokens=settings.max_step_tokens,
+        budget=StepBudget(settings.max_step_tokens, warm.cost, warm.memory),
+    )
+    output = Output(intake, BlobStore(settings.blob_store_url), warm.info.name, warm.info.hash)
+    engine = Engine(model.pipeline, pulse.beat, scheduler.out_of_memory)
+    return Worker(scheduler, engine, intake, output, pulse, model.painter)
 
 
 def _stop_on_signals(worker: Worker) -> None:

@@ -89,6 +89,7 @@ class Output:
 
     def submit(self, decoded: Decoded) -> None:
         """Store and commit a job; returns at once."""
+        self._intake.storing(decoded.job.claim)
         future = self._threads.submit(self._finish, decoded)
         self._pending[future] = decoded.job.claim
 
@@ -150,4 +151,5 @@ class Output:
             warnings=tuple(job.state.warnings),
             model=self._model_name,
             prompt_tokens=job.state.prompt_tokens,
+            cache_decisions=job.state.cache_decisions,
         )

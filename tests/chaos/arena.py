@@ -9,14 +9,17 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from server.embedded import EmbeddedRedis
 from server.errors import QueueUnavailable
 from server.protocol import JobSpec, new_job_id
 from server.queue import keys
+from server.queue.blobs import BlobStore
 from server.queue.connection import connect, end_tasks
 from server.queue.jobs import JobQueue
 from server.queue.upkeep import Upkeep
+from tests.chaos.history import Verdict, judge
 
 ROOT = Path(__file__).parents[2]
 LEASE_S = 2.0
@@ -32,15 +35,20 @@ class Arena:
         self.max_attempts = max_attempts
         self.queue = self.open_queue()
         self.acknowledged: list[str] = []
+        self.blobs = BlobStore(f"file://{folder / 'blobs'}")
         self.workers: list[subprocess.Popen[bytes]] = []
 
-    def open_queue(self) -> JobQueue:
+    def open_queue(self, url: str = "", **changes: Any) -> JobQueue:
+        options = {"queue_limit": 100_000, "tenant_limit": 100_000, **changes}
         return JobQueue(
-            connect(self.redis.url), lease_s=LEASE_S, max_attempts=self.max_attempts,
-            queue_limit=100_000, tenant_limit=100_000,
+            connect(url or self.redis.url), lease_s=LEASE_S, max_attempts=self.max_attempts,
+            **options,
         )  # fmt: skip
 
-    def start_worker(self, step_s: float = 0.02, num_steps: int = 10) -> subprocess.Popen[bytes]:
+    def start_worker(
+        self, step_s: float = 0.02, num_steps: int = 10, clock_s: float = 0.0, **changes: str
+    ) -> subprocess.Popen[bytes]:
+        """A worker whose clock is `clock_s` ahead; `changes` go to its environment."""
         settings = {
             "LUMINA_REDIS_URL": self.redis.url,
             "LUMINA_DATA_DIR": str(self.folder),
@@ -49,8 +57,9 @@ class Arena:
             "LUMINA_MAX_RUNNING": "8",
             "LUMINA_DRAIN_S": "1",
             "LUMINA_LOG_LEVEL": "error",
+            **changes,
         }
-        argv = [sys.executable, "-m", "tests.fakes", str(step_s), str(num_steps)]
+        argv = [sys.executable, "-m", "tests.fakes", str(step_s), str(num_steps), str(clock_s)]
         process = subprocess.Popen(
             argv, cwd=ROOT, env=os.environ | settings, stderr=subprocess.DEVNULL
         )
@@ -63,13 +72,15 @@ class Arena:
     async def _alive(self, count: int) -> bool:
         return len(await self.queue.workers()) >= count
 
-    async def submit(self, prompt: str = "a", **options: object) -> str:
+    async def submit(
+        self, prompt: str = "a", queue: JobQueue | None = None, **options: object
+    ) -> str:
         """Submit until it is acknowledged: repeating is safe."""
         job_id = new_job_id()
         while True:
             try:
                 spec = JobSpec(prompt=prompt, seed=1)
-                await self.queue.submit(job_id, spec, **options)  # type: ignore[arg-type]
+                await (queue or self.queue).submit(job_id, spec, **options)  # type: ignore[arg-type]
                 self.acknowledged.append(job_id)
                 return job_id
             except QueueUnavailable:
@@ -86,6 +97,15 @@ class Arena:
                     return time.monotonic() - started
             await asyncio.sleep(0.05)
         raise AssertionError(f"did not come true within {timeout_s} s")
+
+    async def judge(self, *allowed: str) -> Verdict:
+        """The history of all jobs that were acknowledged."""
+        return await judge(self.queue, self.acknowledged, allowed or ("succeeded",), self.blobs)
+
+    async def charged(self, attempts: int = 1) -> list[str]:
+        """Jobs with another number of attempts."""
+        records = [(job_id, await self.queue.get(job_id)) for job_id in self.acknowledged]
+        return [job_id for job_id, found in records if not found or found.attempts != attempts]
 
     async def all_ended(self, timeout_s: float = 240.0) -> float:
         async def ended() -> bool:
@@ -115,9 +135,11 @@ class Arena:
 
 
 @contextlib.asynccontextmanager
-async def arena(folder: Path, max_attempts: int = MANY_ATTEMPTS) -> AsyncIterator[Arena]:
+async def arena(
+    folder: Path, max_attempts: int = MANY_ATTEMPTS, fsync: str = "everysec"
+) -> AsyncIterator[Arena]:
     """A fresh arena; its processes are gone afterwards."""
-    redis = EmbeddedRedis(folder)
+    redis = EmbeddedRedis(folder, fsync=fsync)
     redis.start()
     it = Arena(redis, folder, max_attempts)
     keeper = it.open_queue()
@@ -132,3 +154,10 @@ async def arena(folder: Path, max_attempts: int = MANY_ATTEMPTS) -> AsyncIterato
         await keeper.close()
         await it.queue.close()
         redis.stop()
+
+
+async def trickle(it: Arena, pause_s: float, **options: Any) -> None:
+    """Submit for ever."""
+    while True:
+        await it.submit(**options)
+        await asyncio.sleep(pause_s)

@@ -1,32 +1,41 @@
 """The history checker: what every run must show, whatever was done to it."""
 
+import hashlib
 from dataclasses import dataclass, field
 
-from server.protocol import TERMINAL_STATUSES
+from server.errors import ServerError
+from server.protocol import TERMINAL_STATUSES, JobRecord
 from server.queue import keys
+from server.queue.blobs import BlobStore
 from server.queue.jobs import JobQueue
 
 
 @dataclass
 class Verdict:
-    """Of `jobs` acknowledged: how many are lost, ended twice, or ended as they should not."""
+    """Of `jobs` acknowledged: how many are lost, ended twice, or ended as they should not; and how
+    many succeeded without a readable picture of the right hash."""
 
     jobs: int = 0
     lost: list[str] = field(default_factory=list)
     duplicate: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
-        return not (self.lost or self.duplicate or self.unexpected)
+        return not (self.lost or self.duplicate or self.unexpected or self.unreadable)
 
 
 async def judge(
-    queue: JobQueue, acknowledged: list[str], allowed: tuple[str, ...] = ("succeeded",)
+    queue: JobQueue,
+    acknowledged: list[str],
+    allowed: tuple[str, ...] = ("succeeded",),
+    blobs: BlobStore | None = None,
 ) -> Verdict:
     """Each acknowledged job has exactly one terminal status, and one of the allowed ones.
 
-    The job's record says how it ended, its event stream how often.
+    The job's record says how it ended, its event stream how often. With `blobs`, every success has
+    its pictures.
     """
     verdict = Verdict(jobs=len(acknowledged))
     for job_id in acknowledged:
@@ -39,7 +48,22 @@ async def judge(
             verdict.duplicate.append(job_id)
         elif record.status not in allowed:
             verdict.unexpected.append(job_id)
+        elif blobs is not None and record.status == "succeeded" and not readable(record, blobs):
+            verdict.unreadable.append(job_id)
     return verdict
+
+
+def readable(record: JobRecord, blobs: BlobStore) -> bool:
+    """Whether every picture of a success is there, with the bytes it was stored with."""
+    if record.result is None or not record.result.images:
+        return False
+    try:
+        return all(
+            hashlib.sha256(blobs.get(image.path)).hexdigest() == image.sha256
+            for image in record.result.images
+        )
+    except ServerError:
+        return False
 
 
 async def story(queue: JobQueue, job_id: str) -> list[str]:

@@ -33,6 +33,15 @@ def single(theirs, tmp_path):
     return path
 
 
+@pytest.fixture
+def comfy(theirs, tmp_path):
+    """All in one file, as ComfyUI keeps it."""
+    path = tmp_path / "lumina_2.safetensors"
+    other = {"vae.decoder.conv_in.weight": torch.zeros(3)}
+    save_file(official_state(theirs, "model.diffusion_model.") | other, path)
+    return path
+
+
 def part_options(folder):
     return [
         "--vae", str(folder / "vae"), "--text-encoder", str(folder / "text_encoder"),
@@ -58,7 +67,9 @@ def velocity(folder):
 
 
 @pytest.mark.slow
-def test_convert_inspect_generate(original, single, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["single", "comfy"])
+def test_convert_inspect_generate(original, kind, request, tmp_path, capsys):
+    single = request.getfixturevalue(kind)
     out = tmp_path / "converted"
     assert cli.main(["inspect", str(single)]) == 0
     told = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 
@@ -47,6 +48,20 @@ def test_the_model_card_quotes_the_scores_of_the_manifest():
     for size, by_task in scores.items():
         assert f"| {size} |" in card
         assert f"**{by_task['overall']:.3f}**" in card
+
+
+def test_its_cache_presets_were_measured_and_are_good_enough():
+    """`trainer calibrate` again after every change of the weights."""
+    presets = json.loads((DEMO / "teacache.json").read_text(encoding="utf-8"))["presets"]
+    assert set(presets) == {"balanced", "fast"}
+    for preset in presets.values():
+        measured = preset["measured"]
+        assert measured["psnr_db"] >= 28.0
+        assert measured["computed_steps"] < measured["steps"]
+    balanced = presets["balanced"]["measured"]
+    # Two points, and the one picture by which a small sample can miss them.
+    allowed = 0.02 + 1 / balanced["pictures"]
+    assert balanced["judged_right"] >= balanced["judged_right_uncached"] - allowed
 
 
 @pytest.mark.slow

@@ -17,12 +17,12 @@ SETTINGS = {
     "official": {
         "sampler": "midpoint", "time_grid": "official", "num_inference_steps": 18, "shift": 6.0,
         "guidance_scale": 4.0, "cfg_trunc_t": 0.25, "cfg_renorm": "global",
-        "cfg_renorm_scale": 1.0, "negative_template": True,
+        "cfg_renorm_scale": 1.0, "negative_template": True, "cache": "off",
     },
     "diffusers": {
         "sampler": "euler", "time_grid": "diffusers", "num_inference_steps": 30, "shift": 3.0,
         "guidance_scale": 4.0, "cfg_trunc_ratio": 1.0, "cfg_renorm": "row",
-        "cfg_renorm_scale": 1.0, "negative_template": False,
+        "cfg_renorm_scale": 1.0, "negative_template": False, "cache": "off",
     },
 }  # fmt: skip
 

@@ -80,6 +80,22 @@ def test_equal_requests_give_equal_bytes_and_a_crowd_changes_nothing_visible(ser
     assert post_for_png(service, bodies[0])[1] == post_for_png(service, bodies[0])[1]
 
 
+def test_steps_are_skipped_where_asked(service):
+    body = {"prompt": PROMPT, "seed": 7, "num_inference_steps": 12}
+    static = service.call("POST", "/generate", body | {"cache": "balanced"})
+    assert static["warnings"] == []
+    assert static["steps"]["skipped"] > 0
+    assert static["steps"]["computed"] + static["steps"]["skipped"] == static["total"] == 12
+    assert static["steps"]["nfe"] == 2 * static["steps"]["computed"]
+    assert static["cache_decisions"] is None
+    dynamic = service.call("POST", "/generate", body | {"cache": 0.2})
+    assert set(dynamic["cache_decisions"]) == {"0/cond", "0/uncond"}
+    for letters in dynamic["cache_decisions"].values():
+        assert len(letters) == 12
+        assert letters[0] == letters[-1] == "1"
+    assert sum(s.count("1") for s in dynamic["cache_decisions"].values()) == dynamic["steps"]["nfe"]
+
+
 def test_bad_requests_leave_the_service_working(service):
     for body in ({"prompt": ""}, {"prompt": "x", "width": 63}, {"promt": "x"}):
         assert service.call("POST", "/generate", body)["status"] in (400, 422)

@@ -184,6 +184,9 @@ def test_shapes_that_fit_nothing_are_named(fault):
 def test_other_models_and_twins_are_refused():
     with pytest.raises(CheckpointError, match="holds no transformer of this family"):
         find_dialect(Numbered({"double_blocks.0.img_attn.qkv.weight": (3, 3)}))
+    for key in ("transformer.layers.0.attn.to_q.lora_A.weight", "x.lora.down.weight"):
+        with pytest.raises(CheckpointError, match=r"a LoRA, not a transformer.*--lora-dir"):
+            find_dialect(Numbered({key: (3, 3)}))
     twins = shapes_of() | {f"ema.{key}": shape for key, shape in shapes_of().items()}
     with pytest.raises(CheckpointError, match="holds several transformers"):
         find_dialect(Numbered(twins))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from model.checkpoint import write_json
 from model.config import NextDiTConfig
@@ -79,6 +80,28 @@ def test_a_transformer(transformer, dtype, share):
     )
     print(f"\ntransformer, {size:.0f} MB stored, loaded as {dtype}: peak grew by {grown:.0f} MB")
     assert share * size * 0.9 < grown <= ALLOWED * share * size + SLACK_MB
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1.0), ("bfloat16", 0.5)])
+def test_a_merged_lora(transformer, tmp_path, dtype, share):
+    folder, size = transformer
+    layers = [f"layers.{i}.{name}" for i in range(6) for name in ("attn.to_q", "attn.to_k")]
+    layers += [f"layers.{i}.feed_forward.linear_{k}" for i in range(6) for k in (1, 3)]
+    outputs = {"to_q": 768, "to_k": 384}
+    pairs = {}
+    for layer in layers:
+        pairs[f"{layer}.lora_A.weight"] = torch.full((16, 768), 0.01)
+        rows = outputs.get(layer.rpartition(".")[2], 3072)
+        pairs[f"{layer}.lora_B.weight"] = torch.full((rows, 16), 0.01)
+    save_file(pairs, tmp_path / "lora.safetensors")
+    grown = growth(
+        f"dit = NextDiT.from_pretrained(Path({str(folder)!r}), dtype=torch.{dtype})\n"
+        f"file = open_lora(Path({str(tmp_path / 'lora.safetensors')!r}), dit.config)\n"
+        "merge_loras(dit, [(file, 0.5), (file, 0.5)])",
+        "from model.next_dit import NextDiT\nfrom model.lora import merge_loras, open_lora",
+    )
+    print(f"\n{size:.0f} MB stored, loaded as {dtype} with two LoRAs merged: {grown:.0f} MB")
+    assert grown <= ALLOWED * share * size + SLACK_MB
 
 
 @pytest.fixture(scope="module")

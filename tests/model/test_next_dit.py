@@ -245,20 +245,21 @@ def test_no_mask_and_keys_and_values_are_not_repeated(audited):
     assert not any(x.dtype == torch.bool for x in audit.tensors)
 
 
-def test_no_complex_numbers_and_nothing_is_read_back(audited):
+def test_nothing_is_read_back(audited):
     audit, *_ = audited
     assert len(audit.calls) > 100
-    assert not any(x.is_complex() for x in audit.tensors)
     names = {func.name() for func, *_ in audit.calls}
     assert not names & {"aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"}
 
 
 def test_the_forward_needs_no_value_of_any_tensor():
-    """On the meta device tensors hold nothing, so reading one raises."""
+    """On the meta device tensors hold nothing, so reading one raises. Nor is any complex there."""
     latents, timesteps, prompts = ragged_batch()
-    velocities = untrained().to("meta")(
-        [x.to("meta") for x in latents], timesteps.to("meta"), [p.to("meta") for p in prompts]
-    )
+    with Audit() as audit:
+        velocities = untrained().to("meta")(
+            [x.to("meta") for x in latents], timesteps.to("meta"), [p.to("meta") for p in prompts]
+        )
+    assert not any(x.is_complex() for x in audit.tensors)  # no compiler takes them
     assert [v.shape for v in velocities] == [x.shape for x in latents]
 
 

@@ -56,6 +56,11 @@ def test_everything_but_the_prompt_is_open():
         ("cfg_trunc_t", -0.1, "from 0 to 100"),
         ("cfg_renorm", ["row"], "'none' or 'global' or 'row'"),
         ("cfg_renorm_scale", -1.0, "from 0 to 100"),
+        ("cache", "turbo", "'off', 'balanced', 'fast' or a number from 0 to 10"),
+        ("cache", 10.5, "a number from 0 to 10"),
+        ("cache", math.nan, "a number from 0 to 10"),
+        ("cache", False, "a number from 0 to 10"),
+        ("cache", ["fast"], "a number from 0 to 10"),
     ],
 )
 def test_bad_values_are_named(field, value, allowed):

@@ -1,10 +1,11 @@
 import math
+import warnings
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from model.flow import interpolate, velocity_target
 from model.samplers import SAMPLERS, SamplerState, make_dpm_sigmas, make_sampler, make_sigmas
@@ -132,6 +133,27 @@ def test_dpm_equals_the_published_formulas(steps):
         before = now
     ours = integrate(sampler_of("dpm", steps), start, swirl)
     np.testing.assert_allclose(ours.numpy(), x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 8, 20])
+@pytest.mark.parametrize("shift", [1.0, 6.0])
+def test_dpm_equals_diffusers_step_by_step(steps, shift):
+    """Its multistep scheduler, told of flows, has the official solver's grid and formulas."""
+    scheduler = DPMSolverMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of numpy, about diffusers
+        scheduler.set_timesteps(steps)
+    sampler = sampler_of("dpm", steps, shift=shift)
+    np.testing.assert_allclose(sampler.sigmas, scheduler.sigmas, atol=1e-6)
+    theirs = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(steps))
+    state = sampler.start(theirs[0])
+    for i, timestep in enumerate(scheduler.timesteps):
+        velocity = swirl(theirs, 1 - sampler.sigma_at(i))
+        theirs = scheduler.step(-velocity, timestep, theirs, return_dict=False)[0]
+        state = sampler.step(state, velocity[0])
+        torch.testing.assert_close(state.latents, theirs[0], atol=2e-5, rtol=2e-5)
 
 
 def test_dpm_of_first_order_is_euler_and_the_second_order_shows():

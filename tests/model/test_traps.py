@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, Lumina2Pipeline, Lumina2Transformer2DModel
+from diffusers.loaders.lora_conversion_utils import (
+    _convert_non_diffusers_lumina2_lora_to_diffusers,
+)
+from safetensors.torch import save_file
 
 from model import GenerationRequest, load_pipeline
 from model.checkpoint import CheckpointError
 from model.config import NextDiTConfig
 from model.guidance import Guidance
 from model.layers import QK_NORM_EPS, Attention
+from model.lora import open_lora
 from model.samplers import make_sampler, make_sigmas
+from model.templates import TEMPLATES, compose_negative, compose_prompt
 from tests.model.conftest import max_difference
 
 
@@ -82,6 +88,62 @@ def test_the_schedule_knows_no_sequence_length(pipeline, folder_copy):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"use_dynamic_shifting": True}))
     with pytest.raises(CheckpointError, match="use_dynamic_shifting True is not supported"):
         load_pipeline(folder_copy)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "midpoint", "dpm"])
+def test_one_shift_moves_every_solver(sampler):
+    """The official script has two options for it, of which each solver heeds one."""
+    options = {} if sampler == "dpm" else {"time_grid": "official"}
+    plain, shifted = (
+        np.array(make_sampler(sampler, num_inference_steps=4, shift=shift, **options).sigmas)
+        for shift in (1.0, 6.0)
+    )
+    np.testing.assert_allclose(shifted, 6 * plain / (1 + 5 * plain), rtol=1e-12)
+
+
+def test_two_requests_in_turns_do_not_disturb_each_other(pipeline):
+    """A solver that counts its steps in a shared object, as diffusers' schedulers do, cannot."""
+    requests = [
+        GenerationRequest("a", sampler="dpm", num_inference_steps=3, seed=1),
+        GenerationRequest("b", sampler="dpm", num_inference_steps=5, seed=2),
+    ]
+    alone = [pipeline.generate([request])[0][0] for request in requests]
+    states = [pipeline.prepare(request) for request in requests]
+    while running := [state for state in states if not state.finished]:
+        for state in running:
+            pipeline.denoise_step([state])
+    for state, expected in zip(states, alone, strict=True):
+        assert pipeline.decode([state])[0][0].tobytes() == expected.tobytes()
+
+
+def test_the_marker_stands_between_template_and_prompt_once():
+    """The official demo joins them without it, the script once more for every negative prompt."""
+    for text in (
+        compose_prompt("a cat", "base"),
+        compose_negative("a cat", "base", None, with_template=True),
+    ):
+        assert text == f"{TEMPLATES['base']} <Prompt Start> a cat"
+
+
+def test_names_behind_a_prefix_and_other_widths_are_read(tmp_path):
+    """diffusers' converter of LoRAs fails on both; ours cuts rows where the config says."""
+    config = NextDiTConfig(
+        hidden_size=48, num_layers=1, num_refiner_layers=1, num_attention_heads=4, num_kv_heads=2,
+        axes_dim_rope=(4, 4, 4), cap_feat_dim=20, multiple_of=16,
+    )  # fmt: skip
+    pair = {"A": torch.ones(2, 48), "B": torch.ones(96, 2)}
+    key = "model.diffusion_model.layers.0.attention.qkv.lora_{}.weight"
+    state = {key.format(letter): tensor for letter, tensor in pair.items()}
+    with pytest.raises((KeyError, RuntimeError)):
+        _convert_non_diffusers_lumina2_lora_to_diffusers(dict(state))
+    bare = {name.removeprefix("model."): tensor for name, tensor in state.items()}
+    with pytest.raises((KeyError, RuntimeError)):
+        _convert_non_diffusers_lumina2_lora_to_diffusers(bare)
+    save_file(state, tmp_path / "x.safetensors")
+    file = open_lora(tmp_path / "x.safetensors", config)
+    change = file.read("layers.0.attention.qkv", device="cpu", dtype=torch.float32)
+    assert torch.equal(change.a, pair["A"])
+    assert torch.equal(change.b, pair["B"])
 
 
 def test_qk_norm_has_the_eps_of_diffusers():

@@ -51,3 +51,33 @@ def test_to_pil_rounds_and_clamps_like_diffusers():
     pixels = torch.linspace(-1.3, 1.3, 3 * 16 * 16).view(3, 16, 16)
     (expected,) = VaeImageProcessor().postprocess(pixels[None], output_type="pil")
     assert to_pil(pixels).tobytes() == expected.tobytes()
+
+
+@torch.no_grad()
+def test_tiles_are_diffusers_tiles(vae, theirs):
+    latents = torch.randn(16, 12, 20)
+    expected = theirs.tiled_decode(latents[None] / 0.3611 + 0.1159).sample[0]
+    (tiled,) = vae.decode([latents], tiled=True)
+    torch.testing.assert_close(tiled, expected, atol=1e-5, rtol=1e-5)
+    (whole,) = vae.decode([latents])
+    assert (tiled - whole).abs().max() > 1e-3  # the statistics of a tile are not the picture's
+
+
+@torch.no_grad()
+def test_large_pictures_are_tiled_whatever_their_company(theirs):
+    vae = VAE(theirs)
+    assert vae.untiled_pixels == 2**20  # four times the training size is less
+    vae.untiled_pixels = 96 * 96
+    small, large = torch.randn(16, 12, 12), torch.randn(16, 12, 20)
+    decoded = vae.decode([small, large, large, small])
+    (whole,), (tiled,) = vae.decode([small]), vae.decode([large], tiled=True)
+    for index, expected in ((0, whole), (1, tiled), (2, tiled), (3, whole)):
+        torch.testing.assert_close(decoded[index], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_checkpoint_of_large_pictures_decodes_them_whole():
+    large = AutoencoderKL(
+        block_out_channels=[4], norm_num_groups=2, layers_per_block=1, sample_size=1024
+    )
+    assert VAE(large).untiled_pixels == 2048 * 2048

@@ -42,6 +42,7 @@ MODEL = ModelInfo(
     defaults={"guidance_scale": 4.0},
     presets={"fast": {"num_inference_steps": 8}, "flow": {"sampler": "dpm"}},
     templates=("real",),
+    loras=("ink", "wool"),
 )
 
 

@@ -54,6 +54,7 @@ def test_presets_tell_what_the_model_offers(redis_url: str, tmp_path: Path) -> N
             assert offer["presets"] == {
                 "fast": {"num_inference_steps": 8}, "flow": {"sampler": "dpm"},
             }  # fmt: skip
+            assert offer["loras"] == ["ink", "wool"]
 
     asyncio.run(scenario())
 

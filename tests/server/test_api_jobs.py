@@ -61,6 +61,19 @@ def test_a_picture_whose_bytes_are_gone(redis_url: str, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_picture_that_was_damaged_is_not_given(redis_url: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with service(redis_url, tmp_path) as it:
+            job = (await it.generate({"prompt": "x"})).json()
+            (file,) = [path for path in tmp_path.rglob("*.png") if path.is_file()]
+            file.write_bytes(file.read_bytes()[:-1])
+            answer = await it.client.get(job["images"][0]["url"])
+            assert answer.status_code == 503
+            assert answer.json()["code"] == "storage-unavailable"
+
+    asyncio.run(scenario())
+
+
 def test_cancel_is_safe_to_repeat_and_never_undoes_a_result(redis_url: str, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with service(redis_url, tmp_path) as it:

@@ -67,10 +67,28 @@ BAD_BODIES = [
     ({"prompt": "x", "cfg_trunc_ratio": 1, "cfg_trunc_t": 1}, 422, "cfg_trunc_t", ["only one"]),
     ({"prompt": "x", "cfg_renorm": "col"}, 422, "cfg_renorm", ["'none', 'global' or 'row'"]),
     ({"prompt": "x", "cfg_renorm_scale": 0}, 422, "cfg_renorm_scale", ["greater than 0"]),
+    ({"prompt": "x", "cache": "turbo"}, 422, "cache", ["'off', 'balanced', 'fast' or a number"]),
+    ({"prompt": "x", "cache": -0.1}, 422, "cache", ["0 to 10", "got -0.1"]),
+    ({"prompt": "x", "cache": 11}, 422, "cache", ["0 to 10", "got 11"]),
+    ({"prompt": "x", "cache": True}, 422, "cache", ["got true"]),
+    ({"prompt": "x", "cache": "0.3"}, 422, "cache", ['got "0.3"']),
     ({"prompt": "x", "time_grid": "linear"}, 422, "time_grid", ["'diffusers' or 'official'"]),
     ({"prompt": "x", "sampler": "heun"}, 422, "sampler", ["'euler', 'midpoint'", '"heun"']),
     ({"prompt": "x", "sampler": "dpm", "time_grid": "official"}, 422, "time_grid", ["has its own"]),
     ({"prompt": "x", "time_grid": "official", "preset": "flow"}, 422, "time_grid", ["'dpm'"]),
+    ({"prompt": "x", "loras": "ink"}, 422, "loras", ["at most 8 objects", '"ink"']),
+    ({"prompt": "x", "loras": [{"scale": 1}]}, 422, "loras", ["different name"]),
+    ({"prompt": "x", "loras": [{"name": ""}]}, 422, "loras", ["different name"]),
+    ({"prompt": "x", "loras": [{"name": "ink", "scale": "1"}]}, 422, "loras", ["-10 to 10"]),
+    ({"prompt": "x", "loras": [{"name": "ink", "scale": 11}]}, 422, "loras", ["-10 to 10"]),
+    ({"prompt": "x", "loras": [{"name": "ink", "weight": 1}]}, 422, "loras", ["scale"]),
+    ({"prompt": "x", "loras": [{"name": "ink"}] * 2}, 422, "loras", ["each LoRA once"]),
+    ({"prompt": "x", "loras": [{"name": f"{k}"} for k in range(9)]}, 422, "loras", ["at most 8"]),
+    (
+        {"prompt": "x", "loras": [{"name": "wool"}, {"name": "oil"}]},
+        422, "loras", ["demo has (ink, wool)", 'got "oil"'],
+    ),
+    ({"prompt": "x", "loras": [{"name": "../ink"}]}, 422, "loras", ["(ink, wool)"]),
     ({"prompt": "x", "sigmas": []}, 422, "sigmas", ["1 to 1000 numbers", "got []"]),
     ({"prompt": "x", "sigmas": [0.5, 1]}, 422, "sigmas", ["below the one before", "[0.5, 1"]),
     ({"prompt": "x", "sigmas": [1.5, 1]}, 422, "sigmas", ["the first at most 1"]),
@@ -218,6 +236,9 @@ def test_edges_that_are_allowed(redis_url: str, tmp_path: Path) -> None:
         {"prompt": "x", "shift": 6, "time_grid": "official", "cfg_trunc_t": 0.5},
         {"prompt": "x", "sampler": "midpoint", "num_inference_steps": 50, "preset": "flow"},
         {"prompt": "x", "sigmas": [1 - k / 100 for k in range(50)], "sampler": "dpm"},
+        {"prompt": "x", "cache": "balanced"},
+        {"prompt": "x", "cache": 0.25},
+        {"prompt": "x", "cache": 1},
         {"prompt": "x", "panel": {"content": "edge map"}, "negative_template": True},
         {"prompt": "x", "panel": {"position": "left half"}, "system_prompt": "panel"},
     ]
@@ -338,10 +359,13 @@ def test_redis_away_is_a_503_within_a_second(tmp_path: Path) -> None:
                 ("GET", "/jobs/" + "0" * 26),
                 ("GET", "/readyz"),
             ]:
-                began = time.monotonic()
-                answer = await client.request(method, path, json={"prompt": "x"})
+                taken = []
+                while len(taken) < 3 and (not taken or min(taken) >= 1.0):  # a busy machine
+                    began = time.monotonic()
+                    answer = await client.request(method, path, json={"prompt": "x"})
+                    taken.append(time.monotonic() - began)
                 problem = assert_problem(answer, 503, "queue-unavailable")
-                assert time.monotonic() - began < 1.5  # 0.8 s, and a busy machine
+                assert min(taken) < 1.0
                 assert "retry-after" in answer.headers
                 assert "127.0.0.1" not in problem["detail"]
             assert (await client.get("/livez")).status_code == 200

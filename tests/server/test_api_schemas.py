@@ -8,7 +8,7 @@ import pytest
 
 from model import request as model_request
 from model.generation_config import load_generation_config
-from model.request import GenerationRequest
+from model.request import GenerationRequest, LoraChoice, lora_choices
 from model.samplers import SAMPLERS, TIME_GRIDS, make_sampler
 from model.templates import PANEL_POSITIONS, Panel
 from server.api import schemas
@@ -41,12 +41,14 @@ def test_names_and_bounds_agree_with_the_model() -> None:
     assert choices_of(GenerateBody, "sampler") == set(SAMPLERS)
     assert choices_of(GenerateBody, "time_grid") == set(TIME_GRIDS)
     assert choices_of(GenerateBody, "cfg_renorm") == set(model_request.CFG_RENORMS)
+    assert choices_of(GenerateBody, "cache") == {"off", *model_request.CACHE_PRESETS}
     assert choices_of(PanelBody, "position") == set(PANEL_POSITIONS)
     assert PanelBody().model_dump() == dataclasses.asdict(Panel())
     for ours, theirs in (
         ("MAX_TEXT", "MAX_TEXT"), ("MAX_IMAGES", "MAX_IMAGES"), ("MAX_SEED", "MAX_SEED"),
         ("MAX_SIGMAS", "MAX_STEPS"), ("MIN_SIGMA_STEP", "MIN_SIGMA_STEP"),
-        ("MAX_PANEL_TEXT", "MAX_PANEL_TEXT"), ("SCHEDULE", "SCHEDULE"),
+        ("MAX_PANEL_TEXT", "MAX_PANEL_TEXT"), ("SCHEDULE", "SCHEDULE"), ("MAX_LORAS", "MAX_LORAS"),
+        ("MAX_LORA_NAME", "MAX_LORA_NAME"), ("MAX_LORA_SCALE", "MAX_LORA_SCALE"),
     ):  # fmt: skip
         assert getattr(schemas, ours) == getattr(model_request, theirs), ours
 
@@ -54,7 +56,8 @@ def test_names_and_bounds_agree_with_the_model() -> None:
 def test_a_body_reaches_the_model_as_it_was_sent() -> None:
     body = parse_generate(
         {"prompt": "x", "sampler": "midpoint", "sigmas": [1, 0.5], "negative_template": True,
-         "panel": {"content": "edge map"}, "cfg_trunc_t": 0.25}
+         "panel": {"content": "edge map"}, "cfg_trunc_t": 0.25,
+         "loras": [{"name": "ink", "scale": -1}, {"name": "wool"}]}
     )  # fmt: skip
     spec = JobSpec.from_json(job_spec(body, seed=0, output_format="png").to_json())
     request = generation_request(spec)
@@ -63,6 +66,7 @@ def test_a_body_reaches_the_model_as_it_was_sent() -> None:
         "panel": {"position": "lower half", "content": "edge map"}, "cfg_trunc_t": 0.25,
     }  # fmt: skip
     assert request.seed == 0
+    assert lora_choices(request) == (LoraChoice("ink", -1.0), LoraChoice("wool", 1.0))
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ def test_a_misspelt_variable_is_refused(monkeypatch):
         ("LUMINA_LEASE_S", "soon"),
         ("LUMINA_LOG_LEVEL", "loud"),
         ("LUMINA_PRECISION", "fp16"),
+        ("LUMINA_WARMUP_SIZES", "512"),
     ],
 )
 def test_a_bad_value_is_one_sentence(monkeypatch, name, value):
@@ -47,6 +48,11 @@ def test_a_bad_value_is_one_sentence(monkeypatch, name, value):
     with pytest.raises(SettingsError, match=f"{name}: .*got '{value}'") as caught:
         load_settings()
     assert "\n" not in str(caught.value)
+
+
+def test_sizes_to_warm_up_are_pairs():
+    assert Settings().warmup == []
+    assert Settings(warmup_sizes="512x256, 64x64").warmup == [(512, 256), (64, 64)]
 
 
 def test_settings_do_not_change():

@@ -17,8 +17,10 @@ local function announce(id, kind, ...)
 end
 
 -- Enter the fair rings where the others are, so that nobody gains by having been away. The few
--- priorities keep their own time meanwhile; a tenant's is forgotten with its last job.
-local function join_rings(pool, priority, tenant)
+-- priorities keep their own time meanwhile; a tenant's is forgotten with its last job. A tenant that
+-- joins comes just before those whose last job brought them to the ring's minimum, a whole number, and
+-- behind those who have joined like it: a fraction says when.
+local function join_rings(pool, priority, tenant, seq)
   local ring = pool_key('ring', pool)
   if not redis.call('ZSCORE', ring, priority) then
     local t = redis.call('HMGET', pool_key('served', pool), priority, 'latest')
@@ -27,26 +29,25 @@ local function join_rings(pool, priority, tenant)
   local tenants = ring .. ':' .. priority
   if not redis.call('ZSCORE', tenants, tenant) then
     local first = redis.call('ZRANGE', tenants, 0, 0, 'WITHSCORES')
-    redis.call('ZADD', tenants, first[2] or 0, tenant)
+    local joined = math.ceil(tonumber(first[2] or 0)) - 1 + (1 + seq % 9998) / 10000
+    redis.call('ZADD', tenants, joined, tenant)
   end
 end
 
 local function wake(pool)
   local key = pool_key('wake', pool)
-  redis.call('LPUSH', key, 1)
-  redis.call('LTRIM', key, 0, WAKE_LIMIT - 1)
-  redis.call('PEXPIRE', key, WAKE_TTL)
+  local tokens = redis.call('LPUSH', key, 1)
+  if tokens == 1 then redis.call('PEXPIRE', key, WAKE_TTL) end
+  if tokens > WAKE_LIMIT then redis.call('LTRIM', key, 0, WAKE_LIMIT - 1) end
 end
 
 -- Let workers claim a queued job: alone if it was reclaimed before, else in its tenant's turn.
-local function make_ready(id)
-  local f = redis.call('HMGET', job_key(id), 'pool', 'priority', 'tenant', 'seq', 'solo')
-  local pool, priority, tenant, seq = f[1], f[2], f[3], f[4]
-  if f[5] == '1' then
+local function make_ready(id, pool, priority, tenant, seq, solo)
+  if solo == '1' then
     redis.call('ZADD', pool_key('solo', pool), seq, id)
   else
     redis.call('ZADD', ready_key(pool, priority, tenant), seq, id)
-    join_rings(pool, priority, tenant)
+    join_rings(pool, priority, tenant, seq)
   end
   wake(pool)
 end
@@ -77,33 +78,64 @@ local function leave_queue(id, pool, priority, cost)
   end
 end
 
+-- A tenant's list keeps what has not ended, and the rest for `ttl` ms from its submission.
+local function list(id, tenant, seq, ttl)
+  local listed = PREFIX .. 'jobs:' .. tenant
+  for _, other in ipairs(redis.call('ZRANGE', listed, 0, UNLIST_LIMIT - 1)) do
+    local at = redis.call('HGET', job_key(other), 'submitted_ms')
+    if at and tonumber(at) > now - ttl then break end
+    if not redis.call('ZSCORE', open_key(tenant), other) then redis.call('ZREM', listed, other) end
+  end
+  redis.call('ZADD', listed, seq, id)
+  local life = math.max(ttl, DEAD_TTL)
+  if redis.call('PTTL', listed) < life - DAY / 2 then redis.call('PEXPIRE', listed, life) end
+end
+
+local function usage_key(tenant) return PREFIX .. 'usage:' .. tenant .. ':' .. math.floor(now / DAY) end
+
 -- Extra arguments are further fields of the job.
-local function create(id, spec, tenant, pool, priority, cost, ...)
+local function create(id, spec, tenant, pool, priority, cost, ttl, ...)
   local seq = redis.call('INCR', SEQ)
   redis.call('HSET', job_key(id), 'status', 'queued', 'tenant', tenant, 'pool', pool,
     'priority', priority, 'spec', spec, 'cost', cost, 'seq', seq, 'claim_no', 0, 'attempts', 0,
     'worker', '', 'step', 0, 'total', 0, 'solo', 0, 'submitted_ms', now, ...)
   enter_queue(id, pool, priority, seq, cost)
   redis.call('ZADD', open_key(tenant), seq, id)
-  make_ready(id)
+  list(id, tenant, seq, ttl)
+  local usage = usage_key(tenant)
+  if redis.call('HINCRBY', usage, 'jobs', 1) == 1 then redis.call('PEXPIRE', usage, USAGE_TTL) end
+  redis.call('HINCRBY', usage, 'cost_ms', cost)
+  make_ready(id, pool, priority, tenant, seq)
   announce(id, 'queued')
   return seq
 end
 
 -- A running job is queued again, after `delay` ms.
 local function requeue(id, delay)
-  local f = redis.call('HMGET', job_key(id), 'pool', 'seq', 'priority', 'cost')
+  local f = redis.call('HMGET', job_key(id), 'pool', 'priority', 'tenant', 'seq', 'solo', 'cost')
   redis.call('HSET', job_key(id), 'status', 'queued', 'worker', '', 'step', 0)
-  enter_queue(id, f[1], f[3], f[2], f[4])
-  if delay > 0 then redis.call('ZADD', SCHEDULED, now + delay, id) else make_ready(id) end
+  enter_queue(id, f[1], f[2], f[4], f[6])
+  if delay > 0 then
+    redis.call('ZADD', SCHEDULED, now + delay, id)
+  else
+    make_ready(id, f[1], f[2], f[3], f[4], f[5])
+  end
   announce(id, 'queued')
+end
+
+-- A webhook must hear of the end of a job that has one. Whoever delivers it needs nothing else.
+local function tell_webhook(id, status, url)
+  local delivery = PREFIX .. 'delivery:' .. id
+  redis.call('HSET', delivery, 'url', url, 'status', status, 'tries', 0, 'since_ms', now)
+  redis.call('PEXPIRE', delivery, OUTBOX_TTL)
+  redis.call('ZADD', OUTBOX, now, id)
 end
 
 -- The one way into a terminal status, from any other. Gives the service's logical time (SEQ), or
 -- nothing where there is no such job. Extra arguments are further fields of the job.
 local function finish(id, status, ttl, ...)
   local job = job_key(id)
-  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost')
+  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost', 'webhook')
   redis.call('ZREM', LEASE, id)
   redis.call('ZREM', DEADLINE, id)
   if f[1] == 'queued' then
@@ -117,6 +149,7 @@ local function finish(id, status, ttl, ...)
   redis.call('ZREM', open_key(f[4]), id)
   redis.call('HSET', job, 'status', status, 'finished_ms', now, 'expires_ms', now + ttl, ...)
   redis.call('PEXPIRE', job, ttl)
+  if f[6] then tell_webhook(id, status, f[6]) end
   announce(id, status)
   redis.call('PEXPIRE', PREFIX .. 'events:' .. id, math.min(ttl, EVENTS_TTL))
   return redis.call('INCR', SEQ)
@@ -129,20 +162,41 @@ local function bury(id, error)
   return finish(id, 'failed', DEAD_TTL, 'error', error)
 end
 
+-- What is known of a job: its fields as a flat list, and its place among the queued, if it is.
+local function record(id)
+  local fields, rank = redis.call('HGETALL', job_key(id)), false
+  for i = 1, #fields, 2 do
+    if fields[i] == 'pool' then rank = redis.call('ZRANK', pool_key('queued', fields[i + 1]), id) end
+  end
+  return {fields, rank}
+end
+
 local function late(deadline_ms) return deadline_ms and tonumber(deadline_ms) <= now end
 
--- The fence: 'held' if this claim is the job's current one, else why it is not.
-local function claim_state(id, claim_no, worker)
-  local f = redis.call('HMGET', job_key(id), 'status', 'claim_no', 'worker')
-  if f[1] == 'running' and f[2] == claim_no and f[3] == worker then return 'held' end
-  return (f[1] == 'canceled' or f[1] == 'expired') and f[1] or 'lost'
-end
+-- For scripts that have nothing to remove: this removes nothing, and lets them write at maxmemory.
+local function write_at_maxmemory() redis.call('HDEL', STATS, '-') end
 
--- Counters for operators; the removal lets a refusal be counted at maxmemory too.
+-- Counters for operators.
 local function count(what, number)
-  redis.call('HDEL', STATS, '-')
+  write_at_maxmemory()
   redis.call('HINCRBY', STATS, what, number)
 end
+
+-- The fence: 'held' if this claim is the job's current one, else why it is not: the job was
+-- 'canceled' or 'expired', this very claim has 'ended' already (an answer was lost, or a heartbeat
+-- crossed the commit), or it is 'lost' to another. Only the last is a stale write, and is counted.
+local function claim_state(id, claim_no, worker)
+  local f = redis.call('HMGET', job_key(id), 'status', 'claim_no', 'worker', 'ended_claim')
+  local mine = f[2] == claim_no and f[3] == worker
+  if mine and f[1] == 'running' then return 'held' end
+  if f[1] == 'canceled' or f[1] == 'expired' then return f[1] end
+  if (mine and f[1] == 'succeeded') or f[4] == claim_no then return 'ended' end
+  count('fenced', 1)
+  return 'lost'
+end
+
+-- Remember that this claim has said its last word, other than by success.
+local function end_claim(id, claim_no) redis.call('HSET', job_key(id), 'ended_claim', claim_no) end
 
 local function backoff(attempts, jitter)
   return math.floor(math.min(BACKOFF * 2 ^ (attempts - 1), BACKOFF_LIMIT) * jitter)

@@ -35,7 +35,8 @@ if taken > 0 then count('reclaimed', taken) end
 
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', SCHEDULED, '-inf', now, 'LIMIT', 0, limit)) do
   redis.call('ZREM', SCHEDULED, id)
-  if redis.call('HGET', job_key(id), 'status') == 'queued' then make_ready(id) end
+  local f = redis.call('HMGET', job_key(id), 'status', 'pool', 'priority', 'tenant', 'seq', 'solo')
+  if f[1] == 'queued' then make_ready(id, f[2], f[3], f[4], f[5], f[6]) end
 end
 
 -- The epoch names one unbroken history; SEQ is its logical time. What the caller has seen and

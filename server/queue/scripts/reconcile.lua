@@ -1,5 +1,6 @@
 -- ARGV: clock, ids, .... A running job without a lease, which no transition leaves behind, gets one
 -- that has ended: the reaper takes it back. Gives how many there were.
+write_at_maxmemory()
 local found = 0
 for i = 2, #ARGV do
   local id = ARGV[i]

@@ -46,11 +46,11 @@ def free_port():
 class Service:
     """A `lumina serve` process."""
 
-    def __init__(self, model, data_dir, workers=1, **settings):
+    def __init__(self, model, data_dir, workers=1, options=(), **settings):
         self.port = free_port()
         self.lines = []
         argv = ["serve", "--model", model, "--data-dir", data_dir, "--port", self.port]
-        argv += ["--workers", workers]
+        argv += ["--workers", workers, *options]
         variables = {f"LUMINA_{name.upper()}": str(value) for name, value in settings.items()}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", *map(str, argv)],
@@ -207,6 +207,12 @@ def test_a_taken_port_is_one_clear_error(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(ServiceError, match=f"cannot listen on 127.0.0.1 port {port}"):
             run_service(Settings(data_dir=tmp_path), tmp_path, port=port)
+
+
+@pytest.mark.usefixtures("kept_logging")
+def test_an_embedded_redis_has_no_replica(tmp_path):
+    with pytest.raises(ServiceError, match="LUMINA_DURABILITY=replica needs"):
+        run_service(Settings(data_dir=tmp_path, durability="replica"), tmp_path, port=free_port())
 
 
 def test_what_an_earlier_run_offered_is_forgotten(redis_url):

@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from server.errors import NotFound
+from server.errors import BlobUnavailable, NotFound
 from server.queue.blobs import BlobStore, image_path
 
 PATH = image_path("anonymous", "job", 2, 0, "png")
@@ -63,3 +63,23 @@ def test_bytes_that_come_back_wrong_are_no_success(tmp_path):
 
     with pytest.raises(OSError, match="other bytes"):
         Lossy(f"file://{tmp_path}").put(PATH, b"data")
+
+
+def test_bytes_that_changed_later_are_not_given(tmp_path):
+    store = BlobStore(f"file://{tmp_path}")
+    digest = store.put(PATH, b"data")
+    assert store.get(PATH, digest) == b"data"
+    (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    file.write_bytes(b"date")
+    assert store.get(PATH) == b"date"
+    with pytest.raises(BlobUnavailable, match="other bytes"):
+        store.get(PATH, digest)
+
+
+def test_a_store_that_fails_is_one_error_whatever_it_raises(tmp_path):
+    (tmp_path / "results").write_bytes(b"a file where a folder should be")
+    store = BlobStore(f"file://{tmp_path}")
+    with pytest.raises(BlobUnavailable, match="blob store failed"):
+        store.put(PATH, b"data")
+    with pytest.raises((BlobUnavailable, NotFound)):
+        store.get(PATH)

@@ -68,15 +68,35 @@ def test_a_trickle_of_low_priority_gains_nothing_by_pausing(in_queue):
     in_queue(test)
 
 
-def test_a_crowd_does_not_hold_up_a_quiet_tenant(in_queue):
+@pytest.mark.parametrize("quiet", ["a-quiet-one", "z-quiet-one"])
+def test_a_crowd_does_not_hold_up_a_quiet_tenant(in_queue, quiet):
+    """Who joins comes next: it waits for the job under way only, whatever its name."""
+
     async def test(queue):
         for _ in range(20):
             await submit(queue, tenant="noisy", cost_ms=10)
         for _ in range(4):
             await claim_one(queue)
-        await submit(queue, tenant="quiet", cost_ms=10)
-        tenants = [(await claim_one(queue)).tenant for _ in range(2)]
-        assert "quiet" in tenants
+            await submit(queue, tenant=quiet, cost_ms=10)
+            assert [(await claim_one(queue)).tenant for _ in range(2)] == [quiet, "noisy"]
+
+    in_queue(test)
+
+
+def test_those_who_join_are_served_in_their_order_and_no_newcomer_overtakes(in_queue):
+    async def test(queue):
+        for _ in range(9):
+            await submit(queue, tenant="noisy", cost_ms=10)
+        await claim_one(queue)
+        names = [f"{letter}-quiet" for letter in "zyxcba"]
+        for name in names[:3]:
+            await submit(queue, tenant=name, cost_ms=10)
+        order = []
+        for name in names[3:]:  # one more joins whenever one was served
+            order.append((await claim_one(queue)).tenant)
+            await submit(queue, tenant=name, cost_ms=10)
+        order += [(await claim_one(queue)).tenant for _ in range(3)]
+        assert order == names
 
     in_queue(test)
 
@@ -129,5 +149,21 @@ def test_a_pool_sees_its_own_jobs_only(in_queue):
         mine = await submit(queue)
         assert [c.job_id for c in await claim(queue, max_jobs=9)] == [mine]
         assert [c.job_id for c in await queue.claim("w2", "other", 9, 1e9)] == [other]
+
+    in_queue(test)
+
+
+def test_a_job_whose_record_is_gone_stops_nobody(in_queue, clock):
+    """As an evicting Redis leaves behind, against which the preflight warns."""
+
+    async def test(queue):
+        gone, alone = await submit(queue), await submit(queue)
+        await queue.redis.delete(keys.job(gone))
+        assert (await claim_one(queue)).job_id == alone
+        clock.advance(16)
+        await queue.reap()
+        await queue.redis.delete(keys.job(alone))  # now among the solo ones
+        fine = await submit(queue)
+        assert (await claim_one(queue)).job_id == fine
 
     in_queue(test)

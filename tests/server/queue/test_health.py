@@ -44,13 +44,14 @@ def test_preflight_warns_of_eviction_and_of_no_persistence(in_queue):
 
 def test_new_work_is_refused_when_memory_runs_short(in_queue):
     async def test(queue):
+        await submit(queue)  # the scripts take memory too
         used = (await queue.redis.info("memory"))["used_memory"]
         async with configured(queue, maxmemory=used * 10):
-            await submit(queue)
+            await queue.memory_ratio(0.0)
             assert 0.05 < await queue.memory_ratio() < 0.8
         async with configured(queue, maxmemory=int(used * 1.1)):
-            await submit(queue)  # the last look is younger than a second
-            queue._memory_at -= 1.0
+            await submit(queue)  # the last look is younger than five seconds
+            await queue.memory_ratio(0.0)  # as upkeep does every second
             with pytest.raises(QueueFull, match="memory"):
                 await submit(queue)
 
@@ -65,7 +66,7 @@ def test_redis_at_maxmemory(in_queue, clock):
         held = await claim(queue, max_jobs=5)
         done, failed, released, gone, kept = held
         async with configured(queue, maxmemory=1):
-            queue._memory_at -= 1.0
+            await queue.memory_ratio(0.0)
             with pytest.raises(QueueFull):
                 await submit(queue)
             queue._memory_at += 60.0
@@ -80,8 +81,11 @@ def test_redis_at_maxmemory(in_queue, clock):
             assert await queue.fail(failed, BOOM, retry=True)
             assert await queue.release(released)
             assert (await queue.cancel(gone.job_id)).status == "canceled"
+            (queued,) = await claim(queue, "w3")  # what waits gets done: that frees memory
+            assert await queue.complete(queued, RESULT)
             clock.advance(16)
             assert await queue.reap() == 1
+            assert await queue.reconcile() == 0
         assert (await queue.get(ids[0])).status == "succeeded"
 
     in_queue(test)

@@ -166,3 +166,49 @@ def test_a_backoff_never_grows_beyond_a_minute(in_queue, clock):
         assert (await claim_one(queue)).job_id == job_id
 
     in_queue(test, max_attempts=1000)
+
+
+def test_last_words_may_be_said_twice_and_are_no_stale_writes(in_queue, clock):
+    """After a lost answer a worker says it again; a heartbeat may cross the commit."""
+
+    async def test(queue):
+        for last_word in (
+            lambda held: queue.fail(held, BOOM, retry=True),
+            lambda held: queue.fail(held, BOOM, retry=False),
+            queue.release,
+            lambda held: queue.complete(held, RESULT),
+        ):
+            await submit(queue)
+            held = await claim_one(queue)
+            assert await last_word(held)
+            assert await queue.heartbeat("w1", POOL, [held]) == [(held, "ended")]
+            assert await last_word(held)
+            clock.advance(60)
+            await queue.reap()
+            for again in await claim(queue, max_jobs=9):
+                assert not await queue.complete(held, RESULT)
+                await queue.cancel(again.job_id)
+                assert await queue.heartbeat("w1", POOL, [again]) == [(again, "canceled")]
+        assert (await queue.stats())["fenced"] == 0
+
+    in_queue(test)
+
+
+def test_every_stale_write_is_counted(in_queue, clock):
+    async def test(queue):
+        await submit(queue)
+        stale = await claim_one(queue)
+        await pass_time(queue, clock, 16)
+        for write in (
+            lambda: queue.heartbeat("w1", POOL, [stale]),
+            lambda: queue.progress(stale, 1, 4),
+            lambda: queue.put_preview(stale, b""),
+            lambda: queue.complete(stale, RESULT),
+            lambda: queue.fail(stale, BOOM, retry=True),
+            lambda: queue.release(stale),
+        ):
+            before = (await queue.stats())["fenced"]
+            await write()
+            assert (await queue.stats())["fenced"] == before + 1
+
+    in_queue(test)

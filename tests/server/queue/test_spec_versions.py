@@ -1,17 +1,22 @@
 """A rolling upgrade loses nothing: job specifications of every version are still taken.
 
-A fixture is the JSON that a process of that version wrote, kept for ever. New versions add files.
+A fixture is the JSON that a process of that version wrote, or the scripts that its workers run,
+kept for ever. New versions add files.
 """
 
 from pathlib import Path
 
 import pytest
 
-from server.protocol import SPEC_VERSION, JobSpec, new_job_id
+from server.protocol import SPEC_VERSION, TERMINAL_STATUSES, JobSpec, new_job_id
 from server.queue import keys
-from tests.server.queue.helpers import POOL, RESULT, claim, claim_one, submit
+from server.queue.connection import connect
+from server.queue.jobs import JobQueue
+from tests.server.queue.helpers import BOOM, POOL, RESULT, claim_one, submit
 
-FIXTURES = sorted((Path(__file__).parents[2] / "fixtures" / "job_specs").glob("*.json"))
+KEPT = Path(__file__).parents[2] / "fixtures"
+FIXTURES = sorted((KEPT / "job_specs").glob("*.json"))
+SCRIPTS = KEPT / "queue_scripts"
 
 
 def test_every_version_has_a_fixture():
@@ -36,18 +41,62 @@ def test_a_job_that_an_older_process_queued_is_run(in_queue, path):
     in_queue(test)
 
 
-def test_two_versions_of_workers_share_one_queue(in_queue):
-    """The older one knows neither deadlines nor draining: it sends what version 1 sent."""
+def as_worker_of(version, queue):
+    """Make a queue run the worker's scripts of an earlier version, kept as fixtures."""
+    folder = SCRIPTS / version
+    common = (folder / "common.lua").read_text()
+    for path in folder.glob("*.lua"):
+        if path.stem != "common":
+            queue._scripts[path.stem] = queue.redis.register_script(common + path.read_text())
+    return queue
 
-    async def test(queue):
-        for path in FIXTURES * 2:
-            job_id = new_job_id()
-            await queue.submit(job_id, JobSpec.from_json(path.read_text()))
-        old, new = await claim(queue, "old", max_jobs=2), await claim(queue, "new", max_jobs=9)
-        assert (len(old), len(new)) == (2, 2 * len(FIXTURES) - 2)
-        assert await queue.run("heartbeat", "old", POOL, 15_000, 0, old[0].job_id, 1) == ["held"]
-        for held in (*old, *new):
-            assert await queue.complete(held, RESULT)
-        assert await queue.depth() == 0
+
+def test_two_versions_of_workers_share_one_queue(in_queue, redis_url, clock):
+    """They run side by side on the same jobs: each may take back what the other lost."""
+
+    async def test(new):
+        old = as_worker_of("v1", JobQueue(connect(redis_url), clock_ms=clock))
+        ids = []
+        for path in FIXTURES * 6:
+            ids.append(new_job_id())
+            await new.submit(ids[-1], JobSpec.from_json(path.read_text()), webhook_url="https://x")
+        ends = {"succeeded": 0, "failed": 0}
+        for turn in range(6 * len(ids)):
+            queue, other = (new, old) if turn % 2 else (old, new)
+            for held in await queue.claim(f"w{turn}", POOL, 1, 1e9):
+                assert await queue.heartbeat(held.worker, POOL, [held]) == []
+                assert await queue.progress(held, 1, 4) == "held"
+                await say_last_word(turn, queue, other, held, clock)
+            clock.advance(5)
+            await queue.reap()
+        for job_id in ids:
+            record = await new.get(job_id)
+            ends[record.status] += 1
+            story = [event.type for event in await new.events(job_id)]
+            assert [kind for kind in story if kind in TERMINAL_STATUSES] == [record.status]
+        assert ends["succeeded"] + ends["failed"] == len(ids)
+        assert old.data_lost == new.data_lost == ""
+        assert await new.depth() == 0
+        await old.close()
 
     in_queue(test)
+
+
+async def say_last_word(turn, queue, other, held, clock):
+    """One of the ways in which a claim ends, judged by the other version where that matters."""
+    way = turn % 5
+    if way == 0:
+        assert await queue.complete(held, RESULT)
+    elif way == 1:
+        assert await queue.fail(held, BOOM, retry=True)
+    elif way == 2:
+        assert await queue.release(held)
+    elif way == 3:  # its worker dies; the other version takes the job back
+        clock.advance(16)
+        await other.reap()
+        clock.advance(16)
+        await other.reap()
+        assert not await queue.complete(held, RESULT)
+    else:
+        assert await other.complete(held, RESULT)  # the fence is the same in both
+        assert not await queue.fail(held, BOOM, retry=True)

@@ -180,3 +180,14 @@ def test_a_key_lives_a_day(in_queue):
         assert 24 * 3600 - 5 <= await queue.redis.ttl(key) <= 24 * 3600
 
     in_queue(test)
+
+
+def test_the_answer_to_a_submission_is_the_jobs_record(in_queue, clock):
+    async def test(queue):
+        for deadline_s in (None, 60.0):
+            job_id = new_job_id()
+            options = {"tenant": "t", "priority": "high", "deadline_s": deadline_s}
+            record = await queue.submit(job_id, spec("a", width=64), **options)
+            assert record == await queue.get(job_id)
+
+    in_queue(test)

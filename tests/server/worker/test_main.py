@@ -50,6 +50,12 @@ class Caller:
         spec = JobSpec(prompt=prompt, seed=5, **fields)
         return self._run(lambda queue: queue.submit(new_job_id(), spec)).id
 
+    def submit_until(self, deadline_s):
+        spec = JobSpec(prompt="a", seed=5)
+        return self._run(
+            lambda queue: queue.submit(new_job_id(), spec, cost_ms=1, deadline_s=deadline_s)
+        ).id
+
     def get(self, job_id):
         return self._run(lambda queue: queue.get(job_id))
 
@@ -77,7 +83,9 @@ def blobs(tmp_path):
 
 
 @contextlib.contextmanager
-def worker_thread(url, blobs, pipeline, *, name="w1", drain_s=5.0, pulse=None, **options):
+def worker_thread(
+    url, blobs, pipeline, *, name="w1", drain_s=5.0, pulse=None, painter=None, **options
+):
     """A worker in this process; `options` are the queue's."""
     pulse = pulse or Pulse()
     intake = Intake(lambda: JobQueue(connect(url), **options), name, POOL, pulse)
@@ -87,6 +95,7 @@ def worker_thread(url, blobs, pipeline, *, name="w1", drain_s=5.0, pulse=None, *
         intake,
         Output(intake, blobs, "fake", FAKE_INFO.hash),
         pulse,
+        painter,
     )
     intake.start(FAKE_INFO)
     thread = threading.Thread(target=worker.run, args=(drain_s,))
