@@ -65,5 +65,5 @@ bench: $(STAMP) ## one packed forward against diffusers' calls, on this machine
 bench-queue: $(STAMP) ## jobs a second through the queue without a model, and what each call costs
 	$(BIN)/python -m benchmarks.bench_queue $(ARGS)
 
-chaos: $(STAMP) ## the long rows of the fault table (docs/reliability.md)
+chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kill redis" for some)
 	$(BIN)/python -m tests.chaos $(ARGS)
