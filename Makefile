@@ -69,5 +69,5 @@ bench-scheduler: $(STAMP) ## FIFO, round-robin and our policy in simulated time 
 bench-queue: $(STAMP) ## jobs a second through the queue without a model, and what each call costs
 	$(BIN)/python -m benchmarks.bench_queue $(ARGS)
 
-chaos: $(STAMP) ## the long rows of the fault table (docs/reliability.md)
+chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kill redis" for some)
 	$(BIN)/python -m tests.chaos $(ARGS)

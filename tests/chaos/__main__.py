@@ -39,7 +39,7 @@ LONG: dict[str, Callable[[Path], Awaitable[Row]]] = {
     "cancel-step": lambda folder: worker_rows.canceled_jobs_free_the_device(folder, 20),
     "cancel-real": lambda folder: real_rows.cancel_racing_completion(folder, 20),
     "machine": lambda _: model_row.state_machine(10_000),
-    "soak": lambda folder: load_rows.soak(folder, 150),
+    "soak": lambda folder: load_rows.soak(folder, 100),
 }
 
 
