@@ -83,13 +83,7 @@ class FrontDoor(DurableLine, JobReader):
         IdempotencyMismatch for a key used with another body, InvalidRequest for a malformed id,
         name or deadline.
         """
-        if not is_job_id(job_id) or not is_name(tenant) or not is_name(pool):
-            raise InvalidRequest(f"bad job id, tenant or pool: {job_id!r}, {tenant!r}, {pool!r}")
-        if priority not in PRIORITIES:
-            raise InvalidRequest(f"priority {priority!r} is not one of {', '.join(PRIORITIES)}")
-        deadline_ms = 0 if deadline_s is None else round(deadline_s * 1000)
-        if deadline_s is not None and deadline_ms < 1:
-            raise InvalidRequest(f"deadline_s must be at least 0.001, got {deadline_s}")
+        deadline_ms = _checked_deadline_ms(job_id, tenant, pool, priority, deadline_s)
         key = idempotency or Idempotency("", "")
         mine = limits or TenantLimits()
         open_jobs = self.tenant_limit if mine.open_jobs is None else mine.open_jobs
@@ -140,3 +134,17 @@ class FrontDoor(DurableLine, JobReader):
             return DeadlineTooShort(sentence, wait_ms / 1000)
         assert state == "mismatch", state
         return IdempotencyMismatch("this Idempotency-Key was used with another body")
+
+
+def _checked_deadline_ms(
+    job_id: str, tenant: str, pool: str, priority: str, deadline_s: float | None
+) -> int:
+    """Return the deadline in milliseconds, 0 for none; raises InvalidRequest for bad arguments."""
+    if not is_job_id(job_id) or not is_name(tenant) or not is_name(pool):
+        raise InvalidRequest(f"bad job id, tenant or pool: {job_id!r}, {tenant!r}, {pool!r}")
+    if priority not in PRIORITIES:
+        raise InvalidRequest(f"priority {priority!r} is not one of {', '.join(PRIORITIES)}")
+    deadline_ms = 0 if deadline_s is None else round(deadline_s * 1000)
+    if deadline_s is not None and deadline_ms < 1:
+        raise InvalidRequest(f"deadline_s must be at least 0.001, got {deadline_s}")
+    return deadline_ms
