@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.common import (
     BUNDLED,
@@ -62,15 +63,19 @@ class _Waits(TorchFunctionMode):
 
 
 class _Ops(TorchDispatchMode):
-    """Counts operators that compute or copy; views are free."""
+    """Counts operators that compute or copy (views are free), and those with complex results."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.complex = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += func.overloadpacket.__name__ not in _VIEWS
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        made = (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        self.complex += any(tensor.is_complex() for tensor in made)
+        return result
 
 
 @contextmanager
@@ -96,13 +101,13 @@ def engine_counts(pipeline: Pipeline, settings: Sequence[dict[str, Any]]) -> dic
     """
     dit, engine = pipeline.dit, Engine(pipeline)
     crowd = [mixed_requests(index + 1, 0, **each)[index] for index, each in enumerate(settings)]
-    with calls_of(dit.context_refiner[0]) as refined:
+    with calls_of(dit.context_refiner[0]) as refined, _Ops() as preparing:
         prepared = [engine.prepare(claim_of(r, f"job{i}"), 0.0) for i, r in enumerate(crowd)]
     assert all(isinstance(each, RunningRequest) for each in prepared), prepared
     keys = [each.key for each in prepared if isinstance(each, RunningRequest)]
     states = [engine._jobs[key].state for key in keys]
     branches = sum(1 + (state.uncond is not None) for state in states)
-    totals: Counter[str] = Counter()
+    totals = Counter(complex=preparing.complex)
     waits = []
     while running := [k for k, s in zip(keys, states, strict=True) if not s.finished]:
         valid = sum(s.num_tokens for s in states)
@@ -112,10 +117,12 @@ def engine_counts(pipeline: Pipeline, settings: Sequence[dict[str, Any]]) -> dic
             calls_of(dit.context_refiner[0]) as again,
             calls_of(dit.time_embedder) as times,
             _Waits() as waited,
+            _Ops() as ops,
         ):
             failures = engine.step(StepBatch(tuple(running)))
         assert not failures, failures
         waits.append(waited.count)
+        totals["complex"] += ops.complex
         totals.update(
             steps=1, heads=len(heads), refined=len(again), times=len(times), blocks=len(blocks)
         )
@@ -128,6 +135,7 @@ def engine_counts(pipeline: Pipeline, settings: Sequence[dict[str, Any]]) -> dic
         "context_refiner_calls_per_branch": (len(refined) + totals["refined"]) / branches,
         "time_embeddings_per_timestep": totals["times"] / len(timesteps),
         "padded_tokens": totals["padded"],
+        "operators_with_complex_results": totals["complex"],
     }
 
 

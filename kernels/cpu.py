@@ -7,9 +7,8 @@ from torch import Tensor
 def plain_inference(*tensors: Tensor) -> bool:
     """Whether all are fp32 on a CPU and nobody differentiates or traces.
 
-    Then operators may work in place on what they have just made, and use complex numbers, which
-    compilers do not take. On a CPU a large fresh tensor costs more than the arithmetic: its pages
-    have to be mapped and zeroed first.
+    Then operators may work in place on what they have just made. On a CPU a large fresh tensor
+    costs more than the arithmetic: its pages have to be mapped and zeroed first.
     """
     if torch.compiler.is_compiling():
         return False

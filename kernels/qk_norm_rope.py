@@ -47,12 +47,25 @@ def qk_norm_rope(
         q and k in their shapes and the dtype they came in.
     """
     if plain_inference(q, k, q_weight, k_weight, cos, sin):
-        turn = torch.complex(cos, sin)[:, None]
         new_q, new_k = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
         for new in (new_q, new_k):
-            torch.view_as_complex(new.unflatten(-1, (-1, 2))).mul_(turn)
+            _rotate_in_place(new, cos[:, None], sin[:, None])
         return new_q, new_k
     # fp32 weights keep the normalised heads in fp32, so that they are rounded once, after turning.
     rotated_q = rotate_ref(rms_norm(q, q_weight.float(), eps), cos, sin).to(q.dtype)
     rotated_k = rotate_ref(rms_norm(k, k_weight.float(), eps), cos, sin).to(k.dtype)
     return rotated_q, rotated_k
+
+
+def _rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """`rotate_ref` without a copy of ``x``: one temporary of half its size.
+
+    Args:
+        x: ``[T, heads, head_dim]`` fp32, changed.
+        cos: ``[T, 1, head_dim / 2]`` fp32.
+        sin: ``[T, 1, head_dim / 2]`` fp32.
+    """
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    carried = even * sin
+    even.mul_(cos).addcmul_(odd, sin, value=-1.0)
+    odd.mul_(cos).add_(carried)

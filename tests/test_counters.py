@@ -38,6 +38,7 @@ def test_an_engine_step_is_one_forward_without_padding_or_repeated_work(pipeline
     assert counts["context_refiner_calls_per_branch"] == 1
     assert counts["time_embeddings_per_timestep"] <= 1
     assert counts["padded_tokens"] == 0
+    assert counts["operators_with_complex_results"] == 0
 
 
 def test_without_a_threshold_the_host_never_waits(pipeline):
