@@ -42,6 +42,7 @@ _PREFIX = re.compile(
 )
 # peft may put an adapter's name before "weight".
 _KEY = re.compile(r"(.+?)\.(?:lora[_.](A|B|down|up)(?:\.[A-Za-z_]\w*)?\.weight|(alpha))")
+_WHOLE = tuple(dialect.marker for dialect in DIALECTS.values())  # what no LoRA has
 _ROLES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 
 
@@ -160,6 +161,10 @@ def open_lora(path: Path, config: NextDiTConfig) -> LoraFile:
         other = found.setdefault(layer, {}).setdefault(role, key)
         if other != key:
             raise CheckpointError(f"{weights.name}: {other!r} and {key!r} say the same thing")
+    if unknown and not found and any(key.endswith(m) for key in unknown for m in _WHOLE):
+        raise CheckpointError(
+            f"{weights.name}: a transformer, not a LoRA: `lumina convert` makes a checkpoint of it"
+        )
     if unknown:
         raise CheckpointError(f"{weights.name}: {_unknown_keys(unknown)}")
     if not found:

@@ -79,8 +79,9 @@ def chosen_adapters(registry: LoraRegistry | None, choices: Sequence[LoraChoice]
     names = registry.names if registry is not None else ()
     for choice in choices:
         if choice.name not in names:
-            offer = ", ".join(repr(name) for name in names) or "none"
-            raise ValueError(f"lora {choice.name!r} is not allowed: on offer are {offer}")
+            offer = ", ".join(repr(name) for name in names)
+            offered = f"on offer are {offer}" if offer else "none is on offer (see --lora-dir)"
+            raise ValueError(f"lora {choice.name!r} is not allowed: {offered}")
     if registry is None:
         return ()
     return tuple(Adapter(registry.get(c.name), c.scale) for c in choices if c.scale != 0.0)

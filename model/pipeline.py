@@ -25,7 +25,7 @@ from model.guidance import Guidance
 from model.lora_registry import LoraRegistry, chosen_adapters
 from model.modulation import ModulationTable
 from model.next_dit import NextDiT
-from model.request import GenerationRequest, ResolvedRequest
+from model.request import GenerationRequest, ResolvedRequest, nearest
 from model.samplers import make_sampler
 from model.teacache import (
     BranchTurn,
@@ -33,7 +33,7 @@ from model.teacache import (
     plan_cache,
     run_blocks,
 )
-from model.templates import compose_negative, compose_prompt
+from model.templates import TEMPLATE_NAMES, compose_negative, compose_prompt
 from model.text_encoder import TextEncoder
 from model.vae import VAE, to_pil
 
@@ -229,6 +229,9 @@ class Pipeline:
                     f"{name} is longer than {self.text_encoder.max_tokens} tokens (template "
                     f"included): the last {count} were dropped, that is {_shortened(dropped)!r}"
                 )
+        meant = nearest(request.system_prompt, TEMPLATE_NAMES)
+        if meant and request.system_prompt not in TEMPLATE_NAMES:
+            warnings.append(f"system_prompt {request.system_prompt!r} is taken as free text{meant}")
         if request.cfg_renorm != "global" and request.cfg_renorm_scale != 1.0:
             warnings.append(
                 f"cfg_renorm_scale {request.cfg_renorm_scale:g} has no effect with cfg_renorm "

@@ -222,6 +222,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of a library's message."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """The first line of a library's message, and the next one where it only announces that."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    shown = 2 if lines and lines[0].endswith(":") else 1
+    return " ".join(lines[:shown]) or type(error).__name__

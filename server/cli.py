@@ -4,19 +4,19 @@ Heavy imports wait until a command runs: `lumina --help` is quick and `lumina ap
 Exit codes: 0 done, 1 failed, 2 misuse. Errors are one line on stderr, a traceback with `--debug`.
 """
 
-import json
 import logging
 import sys
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import Abort, TyperException
 
 from server.conversion import convert, print_facts, source_facts
+from server.field_options import request_of
 from server.inspection import picture_facts
 from server.lora_options import LoraDir, Merged
 from server.operate import dead_app, epoch_app
@@ -193,7 +193,11 @@ def generate(
     negative_prompt: Annotated[str | None, typer.Option(show_default=False)] = None,
     more: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Any other field of POST /generate."),
+        typer.Option(
+            "--set",
+            metavar="FIELD=VALUE",
+            help="Any other field of POST /generate that shapes a picture; lists as JSON.",
+        ),
     ] = None,
     precision: Precision = None,
     lora: Merged = None,
@@ -203,20 +207,17 @@ def generate(
     folder = _checkpoint_folder(model)
     image_format = _image_format(output)
     settings = _settings(precision=precision, lora_dir=lora_dir)
-    from model.request import GenerationRequest, check_settings
-
     options = {
+        "seed": seed,
+        "preset": preset,
         "width": width,
         "height": height,
         "num_inference_steps": steps,
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
     }
-    fields = _settings_of(more or [], {k: v for k, v in options.items() if v is not None})
-    loras = fields.pop("loras", None)
     try:
-        check_settings(fields)
-        request = GenerationRequest(prompt, seed=seed, preset=preset, loras=loras, **fields)
+        request = request_of(prompt, more or [], options)
     except ValueError as error:
         raise MisuseError(str(error)) from None
     _quiet_libraries()
@@ -266,22 +267,6 @@ def inspect(
         raise MisuseError(f"{path}: there is no such file or folder")
     print_facts(facts)
     return 0
-
-
-def _settings_of(assignments: list[str], options: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `--set FIELD=VALUE`, values as JSON or else as text, beside named options."""
-    settings = dict(options)
-    for assignment in assignments:
-        name, equals, text = assignment.partition("=")
-        if not equals:
-            raise MisuseError(f"--set {assignment!r} must be FIELD=VALUE")
-        if name in settings:
-            raise MisuseError(f"--set {name}: this field is given twice")
-        try:
-            settings[name] = json.loads(text)
-        except ValueError:
-            settings[name] = text
-    return settings
 
 
 def _checkpoint_folder(model: Path | None) -> Path:

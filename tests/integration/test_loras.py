@@ -75,7 +75,11 @@ def test_generate_merged_and_by_name(draw, lora_dir):
 def test_misuse_and_faults_are_one_line(draw, lora_dir, tmp_path, capsys):
     (tmp_path / "cut.safetensors").write_bytes(b"x")
     cases = [
-        (["--set", named(("ink", 1))], 2, "'ink' is not allowed: on offer are none"),
+        (
+            ["--set", named(("ink", 1))],
+            2,
+            "'ink' is not allowed: none is on offer (see --lora-dir)",
+        ),
         (["--lora-dir", str(lora_dir), "--set", named(("x", 1))], 2, "on offer are 'ink', 'wool'"),
         (["--set", 'loras="ink"'], 2, "give a list of at most 8"),
         (["--lora", "gone"], 2, "gone: there is no such file"),

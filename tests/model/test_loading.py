@@ -95,6 +95,10 @@ DAMAGES = {
         lambda d: edit_json(d / "text_encoder/config.json", num_hidden_layers=1),
         "text_encoder/config.json",
     ),
+    "encoder layers disagree": (
+        lambda d: edit_json(d / "text_encoder/config.json", num_hidden_layers=9),
+        "`num_hidden_layers` (9) must be equal to the number of `layer_types` (4)",
+    ),
     "encoder tensor missing": (
         lambda d: edit_tensors(d / "text_encoder/model.safetensors", drop_one),
         "text_encoder/model.safetensors: the weight 'embed_tokens.weight' is missing",

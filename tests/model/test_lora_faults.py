@@ -26,6 +26,10 @@ FAULTS = {
         {f"{Q}x.lora_A.weight": ONE, "text_encoder.q.lora_B.weight": ONE},
         f"unknown keys 'text_encoder.q.lora_B.weight', '{Q}x.lora_A.weight'; lora_A and lora_B",
     ),
+    "a transformer": (
+        {A: None, B: None, "model.diffusion_model.t_embedder.mlp.0.weight": ONE, "x": ONE},
+        "a transformer, not a LoRA: `lumina convert`",
+    ),
     "another kind": ({f"{Q}.hada_w1_a": ONE}, f"unknown key '{Q}.hada_w1_a'; lora_A"),
     "DoRA": ({f"{Q}.lora_magnitude_vector": ONE}, "unknown key"),
     "bias": ({f"{Q}.lora_B.bias": ONE}, "unknown key"),

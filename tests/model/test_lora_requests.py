@@ -130,7 +130,7 @@ def test_names_that_are_not_on_offer(styled, pipeline, name):
     allowed = "on offer are 'ink', 'wool'|text of 1 to 100"
     with pytest.raises(ValueError, match=allowed):
         styled.prepare(request(lora(name)))
-    with pytest.raises(ValueError, match=r"on offer are none|text of 1 to 100"):
+    with pytest.raises(ValueError, match=r"none is on offer \(see --lora-dir\)|text of 1 to 100"):
         pipeline.prepare(request(lora(name)))
 
 

@@ -162,6 +162,17 @@ def test_warnings_name_what_was_dropped_or_ignored(pipeline):
     assert pipeline.prepare(GenerationRequest("a red circle")).warnings == []
 
 
+def test_a_misspelt_template_is_free_text_with_a_warning(pipeline):
+    def warned(system_prompt):
+        return pipeline.prepare(GenerationRequest("a", system_prompt=system_prompt)).warnings
+
+    taken = "is taken as free text (did you mean"
+    assert warned("basee") == [f"system_prompt 'basee' {taken} 'base'?)"]
+    assert warned("Real") == [f"system_prompt 'Real' {taken} 'real'?)"]
+    for meant in ("base", "", "Draw in the style of a real master."):
+        assert warned(meant) == []
+
+
 def test_progress_is_reported_after_every_forward(pipeline):
     seen = []
     requests = [GenerationRequest("a", num_inference_steps=n, seed=1) for n in (2, 3)]

@@ -74,6 +74,18 @@ def one_line(capsys: Capture) -> str:
             ["generate", "x", "-o", "a.png", "--model", ".", "--width", "64", "--set", "width=64"],
             ["width", "twice"],
         ),
+        (
+            ["generate", "x", "-o", "a.png", "--model", ".", "--set", "sigmas=1,0.5"],
+            ["[1, 0.7, 0.3]"],
+        ),
+        (["generate", "x", "-o", "a.png", "--model", ".", "--set", "loras=ink:0.8"], ['[{"name":']),
+        (["generate", "x", "-o", "a.png", "--model", ".", "--set", "panel=left"], ['{"position":']),
+        (["generate", "x", "-o", "a.png", "--model", ".", "--set", "prompt=y"], ["--set prompt:"]),
+        (
+            ["generate", "x", "-o", "a.png", "--model", ".", "--set", "num_images=2"],
+            ["one picture"],
+        ),
+        (["generate", "x", "-o", "a.png", "--model", ".", "--set", "seed=-1"], ["seed -1"]),
         (["inspect", "/no/such/file"], ["/no/such/file"]),
     ],
 )
