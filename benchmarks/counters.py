@@ -149,8 +149,11 @@ def operator_counts(pipeline: Pipeline, reference: Any) -> dict[str, int]:
         given = latents[some], times[some], contexts[some]
 
         def forward() -> object:
-            modulation = pipeline.modulation.of(times[some].tolist())
-            return pipeline.dit.head(pipeline.dit.blocks(pipeline.dit.embed(*given, modulation)))
+            points = times[some].tolist()
+            modulation = pipeline.modulation.of(points, [()] * len(points))
+            return pipeline.dit.head(
+                pipeline.dit.blocks(pipeline.dit.embed(*given, modulation=modulation))
+            )
 
         return forward
 

@@ -88,10 +88,10 @@ def test_modulation_of_a_timestep_does_not_depend_on_its_company(pipeline):
 
     alone, together = ModulationTable(pipeline.dit), ModulationTable(pipeline.dit)
     with torch.inference_mode():
-        batch = together.of([0.5, 0.25, 0.5, 0.75])
+        batch = together.of([0.5, 0.25, 0.5, 0.75], [()] * 4)
         assert batch.rows == (0, 1, 0, 2)
         for row, timestep in enumerate((0.5, 0.25, 0.75)):
-            single = alone.of([timestep])
+            single = alone.of([timestep], [()])
             assert torch.equal(batch.final[row], single.final[0])
             for many, one in zip(batch.layers, single.layers, strict=True):
                 for part in range(2):
@@ -107,10 +107,9 @@ def test_looked_up_modulation_gives_the_velocities_of_the_forward(pipeline):
         latents = [torch.randn(16, 4, 4), torch.randn(16, 6, 2), torch.randn(16, 4, 4)]
         prompts = [torch.randn(length, dit.config.cap_feat_dim) for length in (3, 9, 5)]
         times = torch.tensor([0.75, 0.25, 0.75])
-        packed = dit.embed(
-            latents, times, dit.encode_context(prompts), pipeline.modulation.of(times.tolist())
-        )
-        for looked_up, computed in zip(
+        looked_up = pipeline.modulation.of(times.tolist(), [()] * len(times))
+        packed = dit.embed(latents, times, dit.encode_context(prompts), modulation=looked_up)
+        for found, computed in zip(
             dit.head(dit.blocks(packed)), dit(latents, times, prompts), strict=True
         ):
-            torch.testing.assert_close(looked_up, computed, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(found, computed, rtol=1e-5, atol=1e-5)
