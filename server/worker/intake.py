@@ -88,6 +88,7 @@ class Intake:
         self._news: queue.SimpleQueue[Arrival | str | None] = queue.SimpleQueue()
         self._settling: set[asyncio.Task[Any]] = set()
         self._asked: Future[None] | None = None
+        self._asked_idle = False
         self._waiting: asyncio.Future[bool] | None = None
         self._stopping = False
         self._draining = False
@@ -115,7 +116,9 @@ class Intake:
         room = capacity.jobs > 0 and not self._stopping and not self._store_hangs()
         if room and answered and self._news.empty():
             self._looked_at = time.monotonic()
-            self._asked = self._call(self._claim(capacity))
+            self._asked, self._asked_idle = self._call(self._claim(capacity)), capacity.idle
+        elif room and capacity.idle and not self._asked_idle:
+            wait_s = min(wait_s, BUSY_CLAIM_S)  # the demand of a busy worker ends: ask again soon
         inbox = Inbox([], [])
         news = self._next_news(wait_s)
         while news is not None:

@@ -43,6 +43,26 @@ def test_room_is_filled_once_and_the_last_words_get_through(redis_url):
     assert [(r.status, r.attempts) for r in records] == [("queued", 0)] * 2
 
 
+def test_a_worker_that_falls_idle_asks_again_at_once(redis_url):
+    class Slow(JobQueue):
+        async def claim(self, *args, **options):
+            found = await super().claim(*args, **options)
+            await asyncio.sleep(REPLY_S)
+            return found
+
+    intake = make_intake(redis_url, Slow)
+    intake.start(FAKE_INFO)
+    try:
+        assert intake.poll(ROOM_FOR_TWO).arrivals == []  # asks, as a busy worker
+        job_id = Caller(redis_url).submit()
+        started = time.monotonic()
+        arrivals = wait_until(lambda: intake.poll(ALL_ROOM, 10.0).arrivals)
+        assert time.monotonic() - started < 5.0  # did not sit out the wait with nothing asked
+        assert [arrival.claim.job_id for arrival in arrivals] == [job_id]
+    finally:
+        intake.stop(3.0)
+
+
 def test_progress_is_told_four_times_a_second_and_a_cancellation_heard_at_once(redis_url):
     class Counting(JobQueue):
         told = 0
