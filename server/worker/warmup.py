@@ -72,9 +72,12 @@ def warm_up(
         beat()
     samples = [Sample(int(m.load.tokens), m.step_bytes) for m in measured]
     decode_bytes = max(m.decode_bytes for m in measured)
+    cost = fit_cost([(m.load, m.step_ms) for m in measured])
+    fixed_ms = min(cost.fixed_ms, first.step_ms)
+    prices = {"step_cost_ms": round(first.step_ms, 3), "step_fixed_ms": round(fixed_ms, 3)}
     return WarmUp(
-        dataclasses.replace(model.info, step_cost_ms=round(first.step_ms, 3)),
-        fit_cost([(m.load, m.step_ms) for m in measured]),
+        dataclasses.replace(model.info, **prices),
+        cost,
         fit_memory(samples, decode_bytes, peak.free_bytes()),
     )
 

@@ -40,6 +40,7 @@ def test_every_configured_size_is_drawn_before_the_worker_is_ready():
     assert len(pipeline.batches) == 4 * STEPS
     assert len(beats) == 4
     assert warm.info.step_cost_ms >= 1.0
+    assert 0 <= warm.info.step_fixed_ms <= warm.info.step_cost_ms
     assert warm.cost.step_ms(StepLoad(4, 4)) > 0
 
 
