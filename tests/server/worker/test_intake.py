@@ -94,6 +94,24 @@ def test_progress_is_told_four_times_a_second_and_a_cancellation_heard_at_once(r
         intake.stop(3.0)
 
 
+def test_a_job_that_waits_for_others_on_the_device_is_canceled_as_soon(redis_url):
+    caller = Caller(redis_url)
+    canceled, kept = caller.submit(), caller.submit()
+    intake = Intake(lambda: JobQueue(connect(redis_url)), "w1", POOL, Pulse())
+    intake.start(FAKE_INFO)
+    try:
+        arrivals = wait_until(lambda: intake.poll(ROOM_FOR_TWO).arrivals)
+        keys = {each.claim.job_id: each.claim.key for each in arrivals}
+        time.sleep(REPLY_S)  # the first beat, after which 5 s pass
+        caller.cancel(canceled)
+        started = time.monotonic()
+        assert wait_until(lambda: intake.poll(FULL).dropped, 10.0) == [keys[canceled]]
+        assert time.monotonic() - started < 3.0
+        assert caller.get(kept).status == "running"
+    finally:
+        intake.stop(3.0)
+
+
 def test_a_passed_deadline_ends_the_claim_at_its_next_step(redis_url):
     caller = Caller(redis_url)
     job_id = caller.submit_until(0.6)
