@@ -1,4 +1,4 @@
-"""The LoRAs that requests may name: the files of one folder, loaded when first asked for.
+"""The LoRAs that requests may name: the files of one folder, loaded ahead or when first asked for.
 
 A name is a file's name without `.safetensors`. It is looked up among the names found at the start
 and never becomes a path. All files are checked then, by their headers.
@@ -7,7 +7,7 @@ and never becomes a path. All files are checked then, by their headers.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from model.adapters import Adapter, Adapters, Lora
@@ -60,6 +60,28 @@ class LoraRegistry:
         while self.num_bytes > self._cache_bytes and len(self._loaded) > 1:
             self._loaded.popitem(last=False)
         return lora
+
+    def load_ahead(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Read the files, as many as the cache holds, so that no request waits for one.
+
+        Args:
+            beat: called after each, to show progress.
+
+        Raises:
+            CheckpointError: one line naming a file that cannot be read.
+        """
+        for count, name in enumerate(self.files, 1):
+            self.get(name)
+            beat()
+            if len(self._loaded) < count:  # the cache is full
+                return
+
+    @property
+    def growth_bytes(self) -> int:
+        """Memory that LoRAs may take beyond what they take now."""
+        if len(self._loaded) == len(self.files):
+            return 0
+        return max(0, self._cache_bytes - self.num_bytes)
 
     @property
     def num_bytes(self) -> int:

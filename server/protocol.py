@@ -246,8 +246,8 @@ class ModelInfo(_Message):
 
     `defaults` holds the checkpoint's own values by JobSpec field name; `presets` the same for
     each named preset; `loras` the names that requests may use. `step_cost_ms` is the measured time
-    of one denoising step of one image of the default size with guidance; other sizes are priced in
-    proportion to their pixels.
+    of one denoising step of one image of the default size with guidance; `step_fixed_ms` is what of
+    it any step costs, however small. The rest is priced in proportion to pixels and images.
     """
 
     name: str
@@ -261,6 +261,7 @@ class ModelInfo(_Message):
     default_steps: int
     max_prompt_tokens: int
     step_cost_ms: float
+    step_fixed_ms: float = 0.0
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     presets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     templates: tuple[str, ...] = ()

@@ -9,8 +9,10 @@ without cache: PSNR, SSIM, the judge's score, and the time, the sides taking tur
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -88,7 +90,7 @@ def calibrate(
     Args:
         folder: a checkpoint.
         per_task: prompts of each of the suite's tasks that quality is measured on.
-        progress: show a progress bar.
+        progress: say on stderr how far it is.
 
     Raises:
         ValueError: the checkpoint cannot be used (CheckpointError), or too few steps to fit.
@@ -97,12 +99,7 @@ def calibrate(
     solvers = solvers_of(pipeline)
     batches = -(-per_task * len(TASKS) // BATCH)
     total = len(solvers) + 1 + 2 * batches + len(THRESHOLDS)
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task("calibrating", total=total)
-
-        def done() -> None:
-            bar.advance(task)
-
+    with _progress(total, progress) as done:
         fit, schedules = _fit(pipeline, solvers, done)
         pipeline.cache_config = CacheConfig(
             tuple(fit["coefficients"]),
@@ -131,6 +128,25 @@ def calibrate(
     del content["fit"]["coefficients"]
     write_calibration(folder, content)
     return content
+
+
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """What to call after each part: on a terminal it moves a bar, elsewhere it writes a line."""
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task("calibrating", total=total)
+        started, numbers = time.monotonic(), iter(range(1, total + 1))
+
+        def done() -> None:
+            bar.advance(task)
+            number, seconds = next(numbers), time.monotonic() - started
+            if shown and not console.is_terminal:
+                left = f"about {seconds / number * (total - number):.0f} s to go"
+                line = f"calibrating: part {number} of {total}, {seconds:.0f} s, {left}"
+                print(line, file=sys.stderr, flush=True)
+
+        yield done
 
 
 def write_calibration(folder: Path, content: Mapping[str, Any]) -> None:

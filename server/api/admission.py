@@ -64,4 +64,5 @@ def price(body: GenerateBody, info: ModelInfo) -> int:
         )
         raise InvalidFields([("num_images", sentence)])
     default_pixels = info.default_width * info.default_height
-    return max(1, round(info.step_cost_ms * pixel_steps / default_pixels))
+    growing_ms = info.step_cost_ms - info.step_fixed_ms
+    return max(1, round(info.step_fixed_ms * steps + growing_ms * pixel_steps / default_pixels))

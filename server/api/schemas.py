@@ -172,7 +172,10 @@ class GenerateBody(BaseModel):
     )
     priority: Priority | None = Field(None, description="'low', 'normal' or 'high'")
     deadline_s: float | None = Field(
-        None, gt=0, le=MAX_DEADLINE_S, description=f"a number of seconds up to {MAX_DEADLINE_S}"
+        None,
+        gt=0,
+        le=MAX_DEADLINE_S,
+        description=f"a number of seconds above 0, up to {MAX_DEADLINE_S}",
     )
     metadata: dict[_MetadataKey, _Scalar] | None = Field(
         None,

@@ -96,7 +96,14 @@ class FrontDoor(DurableLine, JobReader):
         )  # fmt: skip
         state, _, seq, wait_ms, each_ms, found = answer
         if state not in ("queued", "exists"):
-            raise self._refusal(state, wait_ms, each_ms, deadline_s, open_jobs, mine.daily_jobs)
+            if state == "late":
+                assert deadline_s is not None
+                sentence = (
+                    f"deadline_s {deadline_s:g} is too short: the estimated wait is "
+                    f"{wait_ms / 1000:.1f} s, and the job then takes about {cost_ms / 1000:.1f} s"
+                )
+                raise DeadlineTooShort(sentence, wait_ms / 1000)
+            raise self._refusal(state, wait_ms, each_ms, open_jobs, mine.daily_jobs)
         self._note_seq(seq)
         if state == "exists":
             record = self.read_record(answer[1], found)
@@ -111,9 +118,8 @@ class FrontDoor(DurableLine, JobReader):
         )  # fmt: skip
 
     def _refusal(
-        self, state: str, wait_ms: int, each_ms: int, deadline_s: float | None, open_jobs: int,
-        daily_jobs: int | None,
-    ) -> ServerError:  # fmt: skip
+        self, state: str, wait_ms: int, each_ms: int, open_jobs: int, daily_jobs: int | None
+    ) -> ServerError:
         """Return why there is no such job."""
         # A tenth of the work done means room again, for some of those who come back.
         retry_after_s = each_ms / 1000 / 10
@@ -126,12 +132,6 @@ class FrontDoor(DurableLine, JobReader):
         if state == "quota":
             sentence = f"you have submitted {daily_jobs} jobs today (UTC), the limit"
             return TooManyJobs(sentence, wait_ms / 1000)
-        if state == "late":
-            sentence = (
-                f"deadline_s {deadline_s:g} is too short: the estimated wait is "
-                f"{wait_ms / 1000:.1f} s"
-            )
-            return DeadlineTooShort(sentence, wait_ms / 1000)
         assert state == "mismatch", state
         return IdempotencyMismatch("this Idempotency-Key was used with another body")
 

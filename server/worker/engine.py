@@ -161,7 +161,7 @@ class Engine:
     def prepare(self, claim: Claim, claimed_at: float) -> RunningRequest | Failure:
         """Encode the prompt and draw the noise; a request the model refuses is a Failure."""
         try:
-            state: RequestState = self._pipeline.prepare(generation_request(claim.spec))
+            state: RequestState = self._prepare(claim)
         except ValueError as error:
             return Failure(claim, JobError(code="invalid-request", detail=str(error)), retry=False)
         except Exception as error:
@@ -233,6 +233,21 @@ class Engine:
         """The claims of all requests that have not been decoded."""
         return [job.claim for job in self._jobs.values()]
 
+    def _prepare(self, claim: Claim) -> RequestState:
+        """Prepare and, where memory did not suffice, once more with all that can be freed."""
+        request = generation_request(claim.spec)
+        try:
+            state: RequestState = self._pipeline.prepare(request)
+            return state
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            log.warning("preparing again", job=claim.job_id)
+            self.num_out_of_memory += 1
+            _let_go(error)
+        again: RequestState = self._pipeline.prepare(request)
+        return again
+
     def _denoise(self, jobs: list[ActiveJob]) -> None:
         try:
             self._pipeline.denoise_step([job.state for job in jobs])
@@ -242,13 +257,15 @@ class Engine:
             raise
 
     def _decode(self, jobs: list[ActiveJob]) -> list[Decoded]:
+        pictures: list[list[Image.Image]] = []
         try:
             pictures = self._pipeline.decode([job.state for job in jobs])
         except Exception as error:
             if len(jobs) > 1 or not is_out_of_memory(error):
                 raise
             log.warning("decoding in tiles", job=jobs[0].claim.job_id)
-            release_memory()
+            _let_go(error)
+        if not pictures:
             pictures = self._pipeline.decode([jobs[0].state], tiled=True)
             jobs[0].state.warnings.append(TILED)
         now = time.monotonic()
@@ -272,7 +289,7 @@ class Engine:
             log.exception("batch failed", jobs=[job.claim.job_id for job in jobs])
         if short:
             self.num_out_of_memory += 1
-            release_memory()
+            _let_go(failed)
         if len(jobs) > 1:
             size = (len(jobs) + 1) // 2 if short else 1
             parts = [self._run(act, jobs[i : i + size]) for i in range(0, len(jobs), size)]
@@ -291,3 +308,11 @@ class Engine:
         if is_out_of_memory(error):
             return Failure(claim, OUT_OF_MEMORY, retry=False)
         return Failure(claim, INTERNAL, retry=True)
+
+
+def _let_go(error: Exception) -> None:
+    """Free what a failed attempt holds: the frames that the error keeps, and unused memory."""
+    kept: BaseException | None = error
+    while kept is not None:
+        kept.__traceback__, kept = None, kept.__cause__ or kept.__context__
+    release_memory()

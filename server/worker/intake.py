@@ -83,11 +83,13 @@ class Intake:
         self._arrived: dict[str, float] = {}
         self._storing: dict[str, float] = {}
         self._looked_at = self._answered_at = time.monotonic()
+        self._waiting_seen_at = 0.0
         self._was_ready = True
         self._away_limit_s = AWAY_S
         self._news: queue.SimpleQueue[Arrival | str | None] = queue.SimpleQueue()
         self._settling: set[asyncio.Task[Any]] = set()
         self._asked: Future[None] | None = None
+        self._asked_idle = False
         self._waiting: asyncio.Future[bool] | None = None
         self._stopping = False
         self._draining = False
@@ -115,7 +117,9 @@ class Intake:
         room = capacity.jobs > 0 and not self._stopping and not self._store_hangs()
         if room and answered and self._news.empty():
             self._looked_at = time.monotonic()
-            self._asked = self._call(self._claim(capacity))
+            self._asked, self._asked_idle = self._call(self._claim(capacity)), capacity.idle
+        elif room and capacity.idle and not self._asked_idle:
+            wait_s = min(wait_s, BUSY_CLAIM_S)  # the demand of a busy worker ends: ask again soon
         inbox = Inbox([], [])
         news = self._next_news(wait_s)
         while news is not None:
@@ -272,8 +276,10 @@ class Intake:
         """Tell the latest step of every job, not too often, and at once that of a doubtful one.
 
         A job is doubtful when its record no longer shows the claim or its deadline has passed; the
-        answer then says who was canceled, so that it leaves the device at its next step.
+        answer then says who was canceled, so that it leaves the device at its next step. Jobs that
+        took no step, since others went first, are looked at as well, but less often.
         """
+        await self._look_at_the_waiting()
         claims = {key: self._held[key] for key in self._steps if key in self._held}
         looks = await self._queue.look(list(claims.values()))
         now = time.monotonic()
@@ -290,6 +296,16 @@ class Intake:
             for key in known.keys() - self._held.keys():
                 known.pop(key, None)
         await asyncio.sleep(LOOK_S)
+
+    async def _look_at_the_waiting(self) -> None:
+        now = time.monotonic()
+        if now - self._waiting_seen_at < PROGRESS_S or self._pulse.hung():
+            return
+        self._waiting_seen_at = now
+        busy = self._steps.keys() | self._storing.keys()
+        claims = [claim for key, claim in self._held.items() if key not in busy]
+        if not all(await self._queue.look(claims)):
+            await self._renew()  # says for certain who is gone
 
     async def _settle(self, claim: Claim, act: Callable[[], Awaitable[bool]]) -> bool:
         """End a claim, retrying while Redis is away: the lease is renewed meanwhile."""

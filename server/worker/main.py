@@ -22,7 +22,7 @@ from server.queue.jobs import Claim, open_queue
 from server.scheduler.budget import StepBudget
 from server.scheduler.scheduler import Capacity, Scheduler, StepBatch
 from server.worker.engine import Decoded, Engine, Failure
-from server.worker.intake import Arrival, Intake
+from server.worker.intake import Arrival, Inbox, Intake
 from server.worker.loading import LoadedModel, load_model
 from server.worker.output import Output
 from server.worker.preview import Painter, Previews
@@ -71,8 +71,7 @@ class Worker:
         """Take in what is new, advance everybody by one step, hand over the finished."""
         self.pulse.beat()
         inbox = self.intake.poll(self._capacity(), 0.0 if len(self.scheduler) else IDLE_WAIT_S)
-        self._drop(inbox.dropped)
-        self._start(inbox.arrivals)
+        self._take_in(inbox)
         batch = self.scheduler.schedule()
         failures = self._step(batch)
         finished = self.scheduler.complete_step(batch, self.engine.remaining(batch))
@@ -84,6 +83,12 @@ class Worker:
         if self.stopping or self.output.pending >= self.scheduler.max_running:
             return FULL
         return self.scheduler.free_capacity()
+
+    def _take_in(self, inbox: Inbox) -> None:
+        """Drop and start; a job that came and was lost again during one step is not begun."""
+        self._drop(inbox.dropped)
+        lost = set(inbox.dropped)
+        self._start([arrival for arrival in inbox.arrivals if arrival.claim.key not in lost])
 
     def _drop(self, keys: Sequence[str]) -> None:
         for key in keys:
@@ -146,9 +151,7 @@ class Worker:
 
     def turn_away(self) -> None:
         """Hand back whatever was claimed but not started."""
-        inbox = self.intake.poll(FULL)
-        self._drop(inbox.dropped)
-        self._start(inbox.arrivals)
+        self._take_in(self.intake.poll(FULL))
 
     def _too_long(self, deadline: float) -> list[Claim]:
         """Claims whose remaining steps, at the pace of the last one, end after `deadline`."""

@@ -53,10 +53,14 @@ def warm_up(
 ) -> WarmUp:
     """Draw pictures of the default size and of `sizes` (width, height) with few steps.
 
-    `beat` is called after each, to show progress. Raises ValueError when the checkpoint cannot draw
-    one of them; a size that memory does not suffice for is skipped with a warning.
+    LoRAs on offer are read first. `beat` is called after each, to show progress. Raises ValueError
+    when the checkpoint cannot draw one of them; a size that memory does not suffice for is skipped
+    with a warning.
     """
     peak = PeakMemory(getattr(model.pipeline, "device", None))
+    loras = getattr(model.pipeline, "loras", None)
+    if loras is not None:  # before ready, for a step must not wait for a file
+        loras.load_ahead(beat)
     first = _measure(model.pipeline, peak, None, 1)
     beat()
     measured = [first]
@@ -72,10 +76,19 @@ def warm_up(
         beat()
     samples = [Sample(int(m.load.tokens), m.step_bytes) for m in measured]
     decode_bytes = max(m.decode_bytes for m in measured)
+    free_bytes = peak.free_bytes()
+    if free_bytes and loras is not None:
+        free_bytes = max(1, free_bytes - loras.growth_bytes)
+    cost = fit_cost([(m.load, m.step_ms) for m in measured])
+    fixed_ms = min(cost.fixed_ms, first.step_ms)
     return WarmUp(
-        dataclasses.replace(model.info, step_cost_ms=round(first.step_ms, 3)),
-        fit_cost([(m.load, m.step_ms) for m in measured]),
-        fit_memory(samples, decode_bytes, peak.free_bytes()),
+        dataclasses.replace(
+            model.info,
+            step_cost_ms=round(first.step_ms, 3),
+            step_fixed_ms=round(fixed_ms, 3),
+        ),
+        cost,
+        fit_memory(samples, decode_bytes, free_bytes),
     )
 
 

@@ -241,3 +241,16 @@ def test_skipped_steps_keep_to_their_own_lora(styled):
     while not alone.finished:
         styled.denoise_step([alone])
     assert max_difference(styled.decode(states)[0][0], styled.decode([alone])[0][0]) <= 1
+
+
+def test_files_are_read_ahead_as_far_as_the_cache_goes(pipeline, lora_dir, tmp_path):
+    for name in "abc":
+        shutil.copy(lora_dir / "ink.safetensors", tmp_path / f"{name}.safetensors")
+    shelf, beats = registry(pipeline, tmp_path), []
+    assert shelf.growth_bytes > 0
+    shelf.load_ahead(lambda: beats.append(1))
+    assert (len(beats), shelf.growth_bytes) == (3, 0)
+    each = shelf.num_bytes // 3
+    small = registry(pipeline, tmp_path, cache_bytes=2 * each)
+    small.load_ahead()
+    assert 0 < small.num_bytes <= 2 * each

@@ -12,7 +12,7 @@ from model.request import GenerationRequest, LoraChoice, lora_choices
 from model.samplers import SAMPLERS, TIME_GRIDS, make_sampler
 from model.templates import PANEL_POSITIONS, Panel
 from server.api import schemas
-from server.api.admission import evaluations
+from server.api.admission import evaluations, price
 from server.api.schemas import GenerateBody, PanelBody, job_spec, parse_generate
 from server.protocol import JobSpec
 from server.worker.engine import generation_request
@@ -106,3 +106,14 @@ def test_the_price_counts_the_evaluations_the_model_will_make(
         sigmas=resolved.sigmas,
     )
     assert evaluations(parse_generate({"prompt": "x", **fields}), info) == sampler.num_evaluations
+
+
+def test_what_every_step_costs_is_not_multiplied_by_pixels() -> None:
+    size = {"width": MODEL.default_width, "height": MODEL.default_height}
+    info = dataclasses.replace(MODEL, step_cost_ms=100.0, step_fixed_ms=60.0)
+    body = parse_generate({"prompt": "x", "num_inference_steps": 10, **size})
+    assert price(body, info) == 1000
+    four = parse_generate({"prompt": "x", "num_inference_steps": 10, "num_images": 4, **size})
+    assert price(four, info) == 10 * (60 + 4 * 40)
+    # An offer from before the split prices by pixels alone.
+    assert price(four, dataclasses.replace(info, step_fixed_ms=0.0)) == 4000

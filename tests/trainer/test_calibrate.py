@@ -8,7 +8,7 @@ from model.cache_config import load_cache_config
 from model.checkpoint import verify_manifest, write_manifest
 from tests.tiny_checkpoint import make_tiny_checkpoint, write_generation_config
 from trainer import calibrate as module
-from trainer.calibrate import num_computed, solvers_of
+from trainer.calibrate import _progress, num_computed, solvers_of
 from trainer.cli import main
 
 
@@ -78,3 +78,18 @@ def test_what_cannot_be_calibrated_is_one_line(tmp_path, capsys):
     assert "there is no such checkpoint folder" in capsys.readouterr().err
     assert main(["calibrate", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("trainer: ")
+
+
+def test_progress_is_told_in_lines_where_there_is_no_terminal(capsys):
+    with _progress(2, shown=True) as done:
+        done()
+        done()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "calibrating: part 1 of 2",
+        "calibrating: part 2 of 2",
+    ]
+    assert lines[-1].endswith("about 0 s to go")
+    with _progress(1, shown=False) as done:
+        done()
+    assert capsys.readouterr().err == ""

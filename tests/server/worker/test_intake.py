@@ -43,6 +43,26 @@ def test_room_is_filled_once_and_the_last_words_get_through(redis_url):
     assert [(r.status, r.attempts) for r in records] == [("queued", 0)] * 2
 
 
+def test_a_worker_that_falls_idle_asks_again_at_once(redis_url):
+    class Slow(JobQueue):
+        async def claim(self, *args, **options):
+            found = await super().claim(*args, **options)
+            await asyncio.sleep(REPLY_S)
+            return found
+
+    intake = make_intake(redis_url, Slow)
+    intake.start(FAKE_INFO)
+    try:
+        assert intake.poll(ROOM_FOR_TWO).arrivals == []  # asks, as a busy worker
+        job_id = Caller(redis_url).submit()
+        started = time.monotonic()
+        arrivals = wait_until(lambda: intake.poll(ALL_ROOM, 10.0).arrivals)
+        assert time.monotonic() - started < 5.0  # did not sit out the wait with nothing asked
+        assert [arrival.claim.job_id for arrival in arrivals] == [job_id]
+    finally:
+        intake.stop(3.0)
+
+
 def test_progress_is_told_four_times_a_second_and_a_cancellation_heard_at_once(redis_url):
     class Counting(JobQueue):
         told = 0
@@ -70,6 +90,24 @@ def test_progress_is_told_four_times_a_second_and_a_cancellation_heard_at_once(r
         intake.report(key, step + 1, 1000)
         assert wait_until(lambda: intake.poll(FULL).dropped, 5.0) == [key]
         assert time.monotonic() - canceled < 2.0  # a heartbeat would have taken up to 5 s
+    finally:
+        intake.stop(3.0)
+
+
+def test_a_job_that_waits_for_others_on_the_device_is_canceled_as_soon(redis_url):
+    caller = Caller(redis_url)
+    canceled, kept = caller.submit(), caller.submit()
+    intake = Intake(lambda: JobQueue(connect(redis_url)), "w1", POOL, Pulse())
+    intake.start(FAKE_INFO)
+    try:
+        arrivals = wait_until(lambda: intake.poll(ROOM_FOR_TWO).arrivals)
+        keys = {each.claim.job_id: each.claim.key for each in arrivals}
+        time.sleep(REPLY_S)  # the first beat, after which 5 s pass
+        caller.cancel(canceled)
+        started = time.monotonic()
+        assert wait_until(lambda: intake.poll(FULL).dropped, 10.0) == [keys[canceled]]
+        assert time.monotonic() - started < 3.0
+        assert caller.get(kept).status == "running"
     finally:
         intake.stop(3.0)
 

@@ -20,11 +20,12 @@ from server.queue.connection import connect
 from server.queue.jobs import JobQueue
 from server.scheduler.scheduler import Scheduler
 from server.worker.engine import Engine
-from server.worker.intake import Intake
+from server.worker.intake import Arrival, Inbox, Intake
 from server.worker.main import Worker
 from server.worker.output import Output
 from server.worker.pulse import Pulse
 from tests.fakes import FAKE_INFO, FakePipeline, wait_until
+from tests.server.worker.test_engine import claim as claim_of
 
 ROOT = Path(__file__).parents[3]
 POOL = "default"
@@ -180,6 +181,23 @@ def test_a_canceled_job_stops_at_its_next_step(redis_url, caller, blobs):
         wait_until(lambda: len(worker.scheduler) == 0, 2.0, "the device to be free")
         assert caller.wait(caller.submit(num_inference_steps=2)).status == "succeeded"
     assert caller.get(job_id).status == "canceled"
+
+
+def test_a_job_lost_before_it_was_begun_is_not_begun(redis_url, blobs):
+    claim = claim_of("a")
+
+    class OneNews(Intake):
+        def poll(self, capacity, wait_s=0.0):
+            return Inbox([Arrival(claim, 0.0)], [claim.key])
+
+    pipeline = FakePipeline()
+    intake = OneNews(lambda: JobQueue(connect(redis_url)), "w1", POOL, Pulse())
+    scheduler = Scheduler(max_running=8, max_step_tokens=4096)
+    output = Output(intake, blobs, "fake", FAKE_INFO.hash)
+    worker = Worker(scheduler, Engine(pipeline), intake, output, Pulse())
+    worker.turn()
+    intake._loop.close()  # it never ran
+    assert (len(scheduler), worker.engine.claims(), pipeline.batches) == (0, [], [])
 
 
 def test_a_late_commit_is_refused_and_its_blobs_removed(redis_url, caller, blobs, tmp_path):

@@ -1,5 +1,7 @@
 """Memory runs out in a step, in decoding, in preparation: the batch shrinks, the worker lives."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -103,3 +105,53 @@ def test_the_peak_of_host_memory_is_seen():
     assert 30 * 2**20 < needed < 80 * 2**20
     assert peak.of(lambda: None) < 8 * 2**20
     assert peak.free_bytes() > 0
+
+
+class Tensor:
+    """Stands for the activations of a forward."""
+
+
+class Holding(FakePipeline):
+    """Keeps activations in the frame that runs out of memory; notes what is alive at each call."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.made, self.alive = weakref.WeakSet(), []
+
+    def _allocate(self, tokens, states):
+        self.alive.append(len(self.made))
+        activations = Tensor()
+        self.made.add(activations)
+        super()._allocate(tokens, states)
+
+
+def test_what_a_failed_attempt_computed_is_freed_before_the_next():
+    pipeline = Holding(num_steps=1, memory=2)
+    engine = Engine(pipeline)
+    batch = start(engine, "a", "b", "c", "d", "e")
+    assert engine.step(batch) == []
+    large = engine.prepare(claim("large", "large", width=64, height=32), 0.0).key
+    _, failures = engine.decode([large])
+    assert failures == []
+    assert len(engine.step(start(engine, "huge"))) == 1
+    assert pipeline.alive == [0] * len(pipeline.alive)
+    assert len(pipeline.alive) == 5 + 2 + 2
+
+
+def test_a_preparation_that_runs_out_of_memory_is_tried_once_more():
+    class Tight(FakePipeline):
+        left = 1  # attempts that fail
+
+        def prepare(self, request):
+            self.left -= 1
+            if self.left >= 0:
+                raise MemoryError("the text encoder")
+            return super().prepare(request)
+
+    pipeline = Tight()
+    engine = Engine(pipeline)
+    assert engine.step(start(engine, "a")) == []
+    assert engine.num_out_of_memory == 1
+    pipeline.left = 2
+    failure = engine.prepare(claim("b", "b"), 0.0)
+    assert (failure.error.code, failure.retry) == ("out-of-memory", False)

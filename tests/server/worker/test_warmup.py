@@ -40,7 +40,24 @@ def test_every_configured_size_is_drawn_before_the_worker_is_ready():
     assert len(pipeline.batches) == 4 * STEPS
     assert len(beats) == 4
     assert warm.info.step_cost_ms >= 1.0
+    assert 0 <= warm.info.step_fixed_ms <= warm.info.step_cost_ms
     assert warm.cost.step_ms(StepLoad(4, 4)) > 0
+
+
+def test_loras_are_read_before_the_worker_is_ready_and_leave_room_for_the_rest():
+    class Loras:
+        read, growth_bytes = False, 2**62
+
+        def load_ahead(self, beat):
+            self.read = True
+            beat()
+
+    pipeline, beats = FakePipeline(), []
+    pipeline.loras = Loras()
+    warm = warm_up(LoadedModel(pipeline, FAKE_INFO), beat=lambda: beats.append(1))
+    assert pipeline.loras.read
+    assert len(beats) == 3
+    assert 0 < warm.memory.limit_bytes <= 1  # more is promised than there is
 
 
 def test_a_size_memory_does_not_suffice_for_is_skipped():
