@@ -79,16 +79,15 @@ class FrontDoor(DurableLine, JobReader):
             webhook_url: told of the job's end through the outbox.
             watched: previews are wanted from the first step on.
 
-        Raises QueueFull (depth, memory), TooManyJobs (the tenant's own), DeadlineTooShort,
-        IdempotencyMismatch for a key used with another body, InvalidRequest for a malformed id,
-        name or deadline.
+        Raises QueueFull, TooManyJobs, DeadlineTooShort, IdempotencyMismatch (the key was used with
+        another body) or InvalidRequest (a malformed id, name or deadline).
         """
-        deadline_ms = _checked_deadline_ms(job_id, tenant, pool, priority, deadline_s)
+        _check(job_id, tenant, pool, priority, deadline_s)
+        deadline_ms = round(1000 * (deadline_s or 0))
         key = idempotency or Idempotency("", "")
         mine = limits or TenantLimits()
         open_jobs = self.tenant_limit if mine.open_jobs is None else mine.open_jobs
-        if await self.memory_ratio() > MAX_MEMORY_RATIO:
-            raise QueueFull("the queue's memory is nearly used up; try again later")
+        await self._check_memory()
         answer = await self.run_durably(
             "submit", job_id, spec.to_json(), tenant, pool, priority, max(1, round(cost_ms)),
             self.queue_limit, open_jobs, deadline_ms, round(self.lease_s * 1000), key.key_hash,
@@ -96,14 +95,8 @@ class FrontDoor(DurableLine, JobReader):
         )  # fmt: skip
         state, _, seq, wait_ms, each_ms, found = answer
         if state not in ("queued", "exists"):
-            if state == "late":
-                assert deadline_s is not None
-                sentence = (
-                    f"deadline_s {deadline_s:g} is too short: the estimated wait is "
-                    f"{wait_ms / 1000:.1f} s, and the job then takes about {cost_ms / 1000:.1f} s"
-                )
-                raise DeadlineTooShort(sentence, wait_ms / 1000)
-            raise self._refusal(state, wait_ms, each_ms, open_jobs, mine.daily_jobs)
+            late = state == "late" and _too_late(deadline_ms, wait_ms, cost_ms)
+            raise late or self._refusal(state, wait_ms, each_ms, open_jobs, mine.daily_jobs)
         self._note_seq(seq)
         if state == "exists":
             record = self.read_record(answer[1], found)
@@ -116,6 +109,10 @@ class FrontDoor(DurableLine, JobReader):
             submitted_ms=now, started_ms=None, finished_ms=None, expires_ms=None, error=None,
             result=None, deadline_ms=now + deadline_ms if deadline_ms else None,
         )  # fmt: skip
+
+    async def _check_memory(self) -> None:
+        if await self.memory_ratio() > MAX_MEMORY_RATIO:
+            raise QueueFull("the queue's memory is nearly used up; try again later")
 
     def _refusal(
         self, state: str, wait_ms: int, each_ms: int, open_jobs: int, daily_jobs: int | None
@@ -136,15 +133,18 @@ class FrontDoor(DurableLine, JobReader):
         return IdempotencyMismatch("this Idempotency-Key was used with another body")
 
 
-def _checked_deadline_ms(
-    job_id: str, tenant: str, pool: str, priority: str, deadline_s: float | None
-) -> int:
-    """Return the deadline in milliseconds, 0 for none; raises InvalidRequest for bad arguments."""
+def _check(job_id: str, tenant: str, pool: str, priority: str, deadline_s: float | None) -> None:
     if not is_job_id(job_id) or not is_name(tenant) or not is_name(pool):
         raise InvalidRequest(f"bad job id, tenant or pool: {job_id!r}, {tenant!r}, {pool!r}")
     if priority not in PRIORITIES:
         raise InvalidRequest(f"priority {priority!r} is not one of {', '.join(PRIORITIES)}")
-    deadline_ms = 0 if deadline_s is None else round(deadline_s * 1000)
-    if deadline_s is not None and deadline_ms < 1:
+    if deadline_s is not None and round(deadline_s * 1000) < 1:
         raise InvalidRequest(f"deadline_s must be at least 0.001, got {deadline_s}")
-    return deadline_ms
+
+
+def _too_late(deadline_ms: int, wait_ms: int, cost_ms: float) -> DeadlineTooShort:
+    sentence = (
+        f"deadline_s {deadline_ms / 1000:g} is too short: the estimated wait is "
+        f"{wait_ms / 1000:.1f} s, and the job then takes about {cost_ms / 1000:.1f} s"
+    )
+    return DeadlineTooShort(sentence, wait_ms / 1000)
