@@ -23,7 +23,7 @@ def redis_url(redis_server):
 
     # A test that queued a hundred thousand jobs leaves much to free.
     with Redis.from_url(redis_server.url, socket_timeout=60) as client:
-        client.flushall(asynchronous=True)
+        client.flushall()
     return redis_server.url
 
 
