@@ -11,24 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.report import BUNDLED, surroundings, write_result
 from model import GenerationRequest, load_pipeline
 from model.pipeline import Pipeline
 from trainer.demo.judge import judge
 from trainer.demo.prompts import TASKS, EvalPrompt, eval_prompts
-
-BUNDLED = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
-RESULTS = Path(__file__).resolve().parent / "results"
-
 
 # Network in one precision, text encoder and autoencoder in another: whose rounding it is.
 SIDES = {
@@ -102,21 +96,6 @@ def compare(
     }
 
 
-def surroundings(device: str) -> dict[str, Any]:
-    """Hardware, versions and revision."""
-    info = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    models = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    gpu = torch.device(device).type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name() if gpu else (models or [platform.machine()])[0],
-        "threads": torch.get_num_threads(),
-        "bf16_in_hardware": gpu or torch.ops.mkldnn._is_mkldnn_bf16_supported(),
-        "versions": {name: version(name) for name in ("torch", "diffusers")},
-        "git_revision": git.stdout.strip() or "unknown",
-    }
-
-
 def main() -> None:
     """Draw, compare, print and write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -134,6 +113,8 @@ def main() -> None:
         base = base or drawn
         rows[name] = compare(drawn, base, prompts) | {"attention": pipeline.dit.attention.name}
         print(f"{name:<30} {json.dumps(rows[name])}", flush=True)
+    kind = torch.device(options.device).type
+    in_hardware = kind == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     report = {
         "model": options.model.name,
         "pictures": len(prompts),
@@ -141,9 +122,9 @@ def main() -> None:
         "baseline": next(iter(SIDES)),
         "rows": rows,
         **surroundings(options.device),
+        "bf16_in_hardware": in_hardware,
     }
-    path = RESULTS / f"bench_numerics-{torch.device(options.device).type}.json"
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    path = write_result(f"bench_numerics-{kind}", report)
     print(f"wrote {path.name}")
 
 

@@ -26,14 +26,8 @@ from PIL import Image
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.common import (
-    BUNDLED,
-    diffusers_pipeline,
-    mixed_requests,
-    surroundings,
-    through_engine,
-    write_result,
-)
+from benchmarks.common import diffusers_pipeline, mixed_requests, through_engine
+from benchmarks.report import BUNDLED, surroundings, write_result
 from model import GenerationRequest, load_pipeline
 from model.pipeline import Pipeline
 from trainer.evaluate.similarity import psnr

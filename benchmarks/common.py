@@ -1,30 +1,23 @@
-"""What the benchmarks share: the demo's mixed requests, the engine without a queue, the report."""
+"""What the benchmarks share: the demo's mixed requests, the engine without a queue."""
 
 from __future__ import annotations
 
-import json
-import platform
-import subprocess
 import warnings
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from model import GenerationRequest
 from model.pipeline import Pipeline
+from server.config import Settings
 from server.protocol import JobSpec
 from server.queue.jobs import Claim
 from server.scheduler.scheduler import Scheduler
 from server.worker.engine import Engine, Failure
 
-BUNDLED = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
-RESULTS = Path(__file__).resolve().parent / "results"
-MAX_RUNNING, MAX_STEP_TOKENS = 16, 65536  # the worker's defaults
-
+_LIMITS = ("max_running", "max_step_tokens")  # of a worker, as it comes
 _THINGS = ("red circle", "blue square", "green star", "yellow cross", "purple triangle")
 _SIZES = ((64, 64), (128, 128), (96, 64), (64, 64), (128, 96), (64, 128), (128, 128), (96, 96))
 _STEPS = (30, 20, 30, 16, 24, 30, 20, 30)
@@ -54,7 +47,8 @@ def through_engine(
 ) -> list[list[Image.Image]]:
     """Pictures of requests that arrive together, by a worker's loop; without queue and PNG."""
     engine = Engine(pipeline)
-    scheduler = Scheduler(max_running=MAX_RUNNING, max_step_tokens=MAX_STEP_TOKENS)
+    limits = {name: Settings.model_fields[name].default for name in _LIMITS}
+    scheduler = Scheduler(**limits)
     pictures: dict[str, list[Image.Image]] = {}
     for index, request in enumerate(requests):
         prepared = engine.prepare(claim_of(request, f"job{index}"), 0.0)
@@ -95,28 +89,3 @@ def diffusers_pipeline(folder: Path) -> Any:
         reference = Lumina2Pipeline.from_pretrained(folder)
     reference.set_progress_bar_config(disable=True)
     return reference
-
-
-def surroundings() -> dict[str, Any]:
-    """Hardware, versions and revision: what a figure is worth nothing without."""
-    info = Path("/proc/cpuinfo").read_text() if platform.system() == "Linux" else ""
-    rows = [line.split(": ", 1) for line in info.splitlines() if ": " in line]
-    cpu = dict(reversed([(name.strip(), value) for name, value in rows]))
-    vectors = [flag for flag in ("avx2", "avx512f", "avx512_bf16") if flag in cpu.get("flags", "")]
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "device": cpu.get("model name", platform.machine()),
-        "vectors": vectors,
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("torch", "diffusers", "transformers")},
-        "python": platform.python_version(),
-        "git_revision": git.stdout.strip() or "unknown",
-    }
-
-
-def write_result(name: str, content: Mapping[str, Any]) -> Path:
-    """Write a result beside the others; returns its path."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return path

@@ -19,14 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.common import (
-    BUNDLED,
-    claim_of,
-    diffusers_pipeline,
-    mixed_requests,
-    surroundings,
-    write_result,
-)
+from benchmarks.common import claim_of, diffusers_pipeline, mixed_requests
+from benchmarks.report import BUNDLED, surroundings, write_result
 from model import load_pipeline
 from model.attention.ragged import VarlenAttend
 from model.cache_config import CacheConfig
