@@ -51,6 +51,27 @@ def test_committing_twice_after_a_lost_reply_is_one_success(in_queue):
     in_queue(test)
 
 
+@pytest.mark.parametrize("last_word", ["release", "fail"])
+def test_an_earlier_claim_has_no_part_in_a_later_ones_success(in_queue, clock, last_word):
+    """Its pictures are not those of the result: it must hear so, and remove them."""
+
+    async def test(queue):
+        await submit(queue)
+        early = await claim_one(queue, "w1")
+        if last_word == "release":
+            assert await queue.release(early)
+        else:
+            assert await queue.fail(early, BOOM, retry=True)
+        clock.advance(60)
+        await queue.reap()
+        later = await claim_one(queue, "w1")
+        assert await queue.complete(later, RESULT)
+        assert not await queue.complete(early, RESULT)
+        assert await queue.complete(later, RESULT)
+
+    in_queue(test)
+
+
 def test_fail_retries_with_backoff_then_buries(in_queue, clock):
     async def test(queue):
         job_id = await submit(queue)
