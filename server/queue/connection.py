@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Any
@@ -102,6 +103,12 @@ async def guarded(call: Awaitable[Any]) -> Any:
         await end_tasks(task)
 
 
+def _close_unstarted(call: Awaitable[Any]) -> None:
+    """Close a coroutine that was given up before it began, or Python warns nobody awaited it."""
+    if inspect.iscoroutine(call) and inspect.getcoroutinestate(call) == inspect.CORO_CREATED:
+        call.close()
+
+
 class RedisLine:
     """The connections of one event loop, and the scripts over them.
 
@@ -122,11 +129,12 @@ class RedisLine:
         After a call that met silence or was given up, idle connections are closed: when one is
         half open, the others are too, and each would cost a caller its own wait.
         """
-        if self._hanging_up:
-            await asyncio.wait(set(self._hanging_up))
         try:
+            if self._hanging_up:
+                await asyncio.wait(set(self._hanging_up))
             return await guarded(call)
         except asyncio.CancelledError:
+            _close_unstarted(call)
             self._hang_up()
             raise
         except QueueUnavailable as error:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import inspect
 import re
 import ssl
 import subprocess
@@ -11,7 +12,7 @@ from redis import Redis
 
 from server.errors import QueueUnavailable
 from server.protocol import new_job_id
-from server.queue.connection import connect, guarded
+from server.queue.connection import RedisLine, connect, guarded
 from server.queue.jobs import JobQueue
 from tests.server.queue.helpers import POOL, RESULT, claim_one, spec, submit
 from tests.tcp_proxy import proxy
@@ -120,3 +121,24 @@ def test_tls_and_an_acl_user_with_the_least_rights(redis_url, tmp_path):
             asyncio.run(test())
         finally:
             admin.acl_deluser("lumina")
+
+
+def test_a_call_given_up_before_it_starts_leaves_nothing_unawaited():
+    """Python warns of a coroutine nobody awaited, at some later and unrelated moment."""
+
+    async def call():
+        raise AssertionError("started although it was given up")
+
+    async def test():
+        line = RedisLine(connect("redis://127.0.0.1:1/0"))
+        line._hang_up()
+        asked = call()
+        task = asyncio.create_task(line.ask(asked))
+        await asyncio.sleep(0)  # `ask` waits for the connections to be closed
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert inspect.getcoroutinestate(asked) == inspect.CORO_CLOSED
+        await line.close()
+
+    asyncio.run(test())
