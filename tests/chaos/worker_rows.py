@@ -3,6 +3,7 @@
 import asyncio
 import random
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -21,6 +22,18 @@ async def _recoveries(it: Arena, lost: list[tuple[str, float]]) -> list[float]:
     return found
 
 
+async def _a_busy_worker(it: Arena) -> subprocess.Popen[bytes]:
+    """A worker that has jobs running; waits for one, as a busy machine is slow to start any."""
+    busy: list[subprocess.Popen[bytes]] = []
+
+    async def some() -> bool:
+        busy[:] = [each for each in it.workers if await it.running_on(each)]
+        return bool(busy)
+
+    await it.until(some)
+    return random.choice(busy)
+
+
 async def kill_9_a_worker_mid_batch(folder: Path, times: int) -> Row:
     """0 lost, 0 duplicate; reclaimed within lease + 5 s at p99."""
     async with arena(folder) as it:
@@ -31,7 +44,7 @@ async def kill_9_a_worker_mid_batch(folder: Path, times: int) -> Row:
         hit: list[tuple[str, float]] = []
         for _ in range(times):
             await asyncio.sleep(random.uniform(0.3, 0.8))
-            victim = random.choice(it.workers)
+            victim = await _a_busy_worker(it)
             hit += [(job_id, time.time()) for job_id in await it.running_on(victim)]
             it.reap_worker(victim)
             it.start_worker()
