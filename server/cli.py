@@ -70,7 +70,7 @@ Precision = Annotated[
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Serve other machines too, without API keys.")
+    bool, typer.Option("--insecure", help="Serve everybody who can connect, without API keys.")
 ]
 
 
@@ -110,10 +110,10 @@ def serve(
 ) -> int:
     """Run everything on this machine: Redis, workers, the API and its page."""
     folder = _checkpoint_folder(model)
-    _check_host(host, insecure)
     settings = _settings(
         redis_url=redis_url, data_dir=data_dir, precision=precision, lora_dir=lora_dir
     )
+    _check_host(host, insecure, settings)
     from server.embedded import run_service
 
     return run_service(
@@ -139,8 +139,8 @@ def api(
     ] = False,
 ) -> int:
     """Run the HTTP API alone."""
-    _check_host(host, insecure)
     settings = _settings(redis_url=redis_url)
+    _check_host(host, insecure, settings)
     from server.api.main import run_api
 
     return run_api(settings, host=host, port=port, insecure=insecure, needs_worker=needs_worker)
@@ -286,11 +286,11 @@ def _quiet_libraries() -> None:
     logging.getLogger("xformers").setLevel(logging.ERROR)
 
 
-def _check_host(host: str, insecure: bool) -> None:
-    from server.api.address import require_loopback
+def _check_host(host: str, insecure: bool, settings: "Settings") -> None:
+    from server.api.address import keys_required
 
     try:
-        require_loopback(host, insecure)
+        keys_required(host, insecure, settings.api_keys)
     except ValueError as error:
         raise MisuseError(str(error)) from None
 

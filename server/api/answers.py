@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from server.api.image_links import ImageLinks
 from server.protocol import JobRecord, JobStatus
 
 
@@ -16,7 +17,7 @@ class ErrorAnswer(BaseModel):
 
 
 class ImageAnswer(BaseModel):
-    """One picture; `url` is a path on this server."""
+    """One picture; `url` is a path on this server, with an expiring signature where keys are on."""
 
     url: str
     sha256: str
@@ -80,12 +81,12 @@ def _when(time_ms: int | None) -> str | None:
     return text.replace("+00:00", "Z")
 
 
-def job_answer(record: JobRecord) -> JobAnswer:
+def job_answer(record: JobRecord, links: ImageLinks) -> JobAnswer:
     """Return what a caller sees of a job."""
     result = record.result
     images = [
         ImageAnswer(
-            url=f"/jobs/{record.id}/images/{index}",
+            url=links.url(record.id, index),
             sha256=image.sha256,
             width=image.width,
             height=image.height,

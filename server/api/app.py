@@ -5,15 +5,20 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
+from fastapi.security import HTTPBearer
 from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from server.api import generate, health, jobs
+from server.api.auth import authenticate
 from server.api.context import ApiContext
+from server.api.image_links import ImageLinks
 from server.api.middleware import RequestGuard
 from server.api.problems import HANDLERS
+from server.api.rates import Rates
 from server.config import Settings
+from server.queue.api_keys import KeyRing
 from server.queue.blobs import BlobStore
 from server.queue.connection import end_tasks
 from server.queue.jobs import JobQueue, open_queue
@@ -35,6 +40,7 @@ def create_app(
     blobs: BlobStore | None = None,
     *,
     loopback_only: bool = False,
+    keys_required: bool = False,
     needs_worker: bool = False,
 ) -> FastAPI:
     """Build the application.
@@ -44,19 +50,28 @@ def create_app(
         queue: a queue to use; by default one is opened and closed with the application.
         blobs: a blob store to use instead of the one of `settings`.
         loopback_only: refuse requests whose Host header is no loopback name.
+        keys_required: refuse requests without an API key; otherwise keys are ignored.
         needs_worker: `/readyz` waits for a live worker with a loaded model, not for Redis alone.
     """
+    used = queue or open_queue(settings)
     context = ApiContext(
         settings=settings,
-        queue=queue or open_queue(settings),
+        queue=used,
         blobs=blobs or BlobStore(settings.blob_store_url),
         needs_worker=needs_worker,
+        keys_required=keys_required,
+        loopback_only=loopback_only,
+        key_ring=KeyRing(used),
+        rates=Rates(used),
+        image_links=ImageLinks(used, signed=keys_required),
     )
+    bearer = [Depends(HTTPBearer(auto_error=False))] if keys_required else []
     app = FastAPI(
         title="Lumina",
         description="Text to image with the Lumina-Image 2.0 family.",
         lifespan=_lifespan(context, owns_queue=queue is None),
         exception_handlers=HANDLERS,
+        dependencies=[Depends(authenticate), *bearer],
         redirect_slashes=False,
         redoc_url=None,
     )

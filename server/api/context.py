@@ -7,8 +7,11 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
+from server.api.image_links import ImageLinks
+from server.api.rates import Rates
 from server.config import Settings
 from server.errors import QueueUnavailable
+from server.queue.api_keys import KeyRing
 from server.queue.blobs import BlobStore
 from server.queue.jobs import JobQueue
 
@@ -19,12 +22,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ApiContext:
-    """One per API process. `stopping` is set when the process has been told to end."""
+    """One per API process. `stopping` is set when the process has been told to end.
+
+    `keys_required` and `loopback_only` say who may call (`server.api.auth`).
+    """
 
     settings: Settings
     queue: JobQueue
     blobs: BlobStore
     needs_worker: bool
+    keys_required: bool
+    loopback_only: bool
+    key_ring: KeyRing
+    rates: Rates
+    image_links: ImageLinks
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
 

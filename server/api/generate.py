@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.admission import find_model, price
 from server.api.answers import JobAnswer, job_answer
+from server.api.auth import Caller, caller
 from server.api.context import ApiContext, context_of, promptly
 from server.api.jobs import image_response
 from server.api.negotiation import read_idempotency, read_json, read_prefer, wanted_format
@@ -69,7 +70,7 @@ async def generate(request: Request) -> Response:
     body = parse_generate(await read_json(request))
     output_format = _output_format(body, accepted_format)
     idempotency = read_idempotency(request, body, output_format)
-    record = await _submit(context, body, output_format, idempotency)
+    record = await _submit(context, caller(request), body, output_format, idempotency)
     if preference.wait_s > 0:
         try:
             waited = await _wait(
@@ -82,12 +83,12 @@ async def generate(request: Request) -> Response:
             return Response(status_code=CLIENT_CLOSED)
         record = waited
     if not record.finished:
-        return _accepted(record, preference.applied)
+        return _accepted(context, record, preference.applied)
     if record.status != "succeeded":
         return job_problem(request.scope, record)
     if accepted_format is not None:
         return await image_response(context, record, 0)
-    return JSONResponse(job_answer(record).model_dump())
+    return JSONResponse(job_answer(record, context.image_links).model_dump())
 
 
 def _output_format(body: GenerateBody, accepted: OutputFormat | None) -> OutputFormat:
@@ -108,6 +109,7 @@ def _output_format(body: GenerateBody, accepted: OutputFormat | None) -> OutputF
 
 async def _submit(
     context: ApiContext,
+    who: Caller,
     body: GenerateBody,
     output_format: OutputFormat,
     idempotency: Idempotency | None,
@@ -120,11 +122,13 @@ async def _submit(
     submission = context.queue.submit(
         new_job_id(),
         spec,
+        tenant=who.tenant,
         pool=pool,
         priority=body.priority or "normal",
         cost_ms=cost_ms,
         deadline_s=body.deadline_s,
         idempotency=idempotency,
+        limits=who.limits,
     )
     return await promptly(submission, context.queue.confirm_s)
 
@@ -169,8 +173,10 @@ async def _cancel_quietly(context: ApiContext, job_id: str) -> None:
         log.warning("client left; job could not be canceled", job=job_id, reason=error.detail)
 
 
-def _accepted(record: JobRecord, applied: str | None) -> Response:
+def _accepted(context: ApiContext, record: JobRecord, applied: str | None) -> Response:
     headers = {"Location": f"/jobs/{record.id}", "Retry-After": "1"}
     if applied:
         headers["Preference-Applied"] = applied
-    return JSONResponse(job_answer(record).model_dump(), status_code=202, headers=headers)
+    return JSONResponse(
+        job_answer(record, context.image_links).model_dump(), status_code=202, headers=headers
+    )

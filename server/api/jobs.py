@@ -8,18 +8,19 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.answers import JobAnswer, job_answer
+from server.api.auth import Caller, caller
 from server.api.context import ApiContext, context_of, promptly
 from server.api.schemas import printable
 from server.errors import NotFound
-from server.protocol import DEFAULT_TENANT, MEDIA_TYPES, ImageRef, JobRecord, is_job_id
+from server.protocol import MEDIA_TYPES, ImageRef, JobRecord, is_job_id
 
 router = APIRouter(prefix="/jobs/{job_id}")
 
 
-async def _find(context: ApiContext, job_id: str) -> JobRecord:
+async def _find(context: ApiContext, who: Caller, job_id: str) -> JobRecord:
     """The caller's job; raises NotFound for any other."""
     record = await promptly(context.queue.get(job_id)) if is_job_id(job_id) else None
-    if record is None or record.tenant != DEFAULT_TENANT:
+    if record is None or not who.sees(record):
         raise _no_job(job_id)
     return record
 
@@ -31,16 +32,17 @@ def _no_job(job_id: str) -> NotFound:
 @router.get("", response_model=JobAnswer, summary="What became of a job")
 async def get_job(request: Request, job_id: str) -> Response:
     """Status, queue position, step i of n, timings and pictures of a job."""
-    record = await _find(context_of(request), job_id)
+    context = context_of(request)
+    record = await _find(context, caller(request), job_id)
     headers = {"Cache-Control": "no-store"}
-    return JSONResponse(job_answer(record).model_dump(), headers=headers)
+    return JSONResponse(job_answer(record, context.image_links).model_dump(), headers=headers)
 
 
 @router.get("/images/{index}", summary="A picture of a job")
 async def get_image(request: Request, job_id: str, index: str) -> Response:
     """The bytes of one picture; its ETag is their sha256."""
     context = context_of(request)
-    record = await _find(context, job_id)
+    record = await _find(context, caller(request), job_id)
     image = _image(record, index)
     wanted = request.headers.get("if-none-match", "")
     tags = {tag.strip().removeprefix("W/") for tag in wanted.split(",")}
@@ -89,8 +91,8 @@ async def image_response(context: ApiContext, record: JobRecord, index: int) -> 
 async def cancel_job(request: Request, job_id: str) -> Response:
     """Cancel a job: a queued one at once, a running one at its next step. Safe to repeat."""
     context = context_of(request)
-    await _find(context, job_id)
+    await _find(context, caller(request), job_id)
     record = await promptly(context.queue.cancel(job_id))
     if record is None:
         raise _no_job(job_id)
-    return JSONResponse(job_answer(record).model_dump())
+    return JSONResponse(job_answer(record, context.image_links).model_dump())

@@ -20,7 +20,10 @@ TYPE_PREFIX = "urn:lumina:problem:"
 
 TITLES = {
     "malformed-body": "The body is not JSON",
+    "unauthorized": "An API key is needed",
     "foreign-host": "The host name is not served",
+    "foreign-origin": "Pages of other sites may not use this service",
+    "missing-scope": "The API key may not do this",
     "not-found": "Not found",
     "method-not-allowed": "The method is not allowed",
     "body-timeout": "The body did not arrive in time",
@@ -32,6 +35,8 @@ TITLES = {
     "job-expired": "The job missed its deadline",
     "job-failed": "The job failed",
     "too-many-jobs": "Too many of your jobs are open",
+    "quota-exceeded": "Your jobs of today are used up",
+    "rate-limited": "Too many requests",
     "deadline-too-short": "The deadline cannot be met",
     "idempotency-mismatch": "The idempotency key was used with another body",
     "data-lost": "The queue has lost data",
@@ -116,6 +121,8 @@ def problem(
     headers = dict(headers or {})
     if status in (429, 503):
         headers.setdefault("Retry-After", str(retry_after(retry_s)))
+    if status == 401:
+        headers.setdefault("WWW-Authenticate", 'Bearer realm="lumina"')
     return ProblemResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)
 
 

@@ -124,9 +124,10 @@ local function requeue(id, delay)
 end
 
 -- A webhook must hear of the end of a job that has one. Whoever delivers it needs nothing else.
-local function tell_webhook(id, status, url)
+local function tell_webhook(id, status, url, key)
   local delivery = PREFIX .. 'delivery:' .. id
-  redis.call('HSET', delivery, 'url', url, 'status', status, 'tries', 0, 'since_ms', now)
+  redis.call('HSET', delivery, 'url', url, 'key', key, 'status', status, 'tries', 0,
+    'since_ms', now)
   redis.call('PEXPIRE', delivery, OUTBOX_TTL)
   redis.call('ZADD', OUTBOX, now, id)
 end
@@ -135,7 +136,8 @@ end
 -- nothing where there is no such job. Extra arguments are further fields of the job.
 local function finish(id, status, ttl, ...)
   local job = job_key(id)
-  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost', 'webhook')
+  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost', 'webhook',
+    'webhook_key')
   redis.call('ZREM', LEASE, id)
   redis.call('ZREM', DEADLINE, id)
   if f[1] == 'queued' then
@@ -149,7 +151,7 @@ local function finish(id, status, ttl, ...)
   redis.call('ZREM', open_key(f[4]), id)
   redis.call('HSET', job, 'status', status, 'finished_ms', now, 'expires_ms', now + ttl, ...)
   redis.call('PEXPIRE', job, ttl)
-  if f[6] then tell_webhook(id, status, f[6]) end
+  if f[6] then tell_webhook(id, status, f[6], f[7] or '') end
   announce(id, status)
   redis.call('PEXPIRE', PREFIX .. 'events:' .. id, math.min(ttl, EVENTS_TTL))
   return redis.call('INCR', SEQ)

@@ -1,6 +1,7 @@
 -- ARGV: clock, id, spec, tenant, pool, priority, cost, depth limit, tenant limit,
 --   deadline (ms from now, 0: none), lease ms, hash of the idempotency key ('': none), of the body,
---   ttl of results, jobs a day (0: any), webhook ('': none), watched ('1': previews are asked for)
+--   ttl of results, jobs a day (0: any), webhook ('': none), watched ('1': previews are asked for),
+--   hash of the key that signs the webhook, weight of the tenant
 -- Gives {state, job id, logical time, estimated wait ms, queued work ms per worker, found}: `found` is
 --   the record of a job that exists, {now, rank} of a new one.
 -- A job that exists already is left as it is: repeating a submission is safe.
@@ -40,7 +41,11 @@ end
 if deadline > 0 and wait + cost > deadline then return refuse('late') end
 
 local fields = {}
-if ARGV[16] ~= '' then fields = {'webhook', ARGV[16]} end
+if ARGV[16] ~= '' then fields = {'webhook', ARGV[16], 'webhook_key', ARGV[18]} end
+if ARGV[19] ~= '1' then
+  fields[#fields + 1] = 'weight'
+  fields[#fields + 1] = ARGV[19]
+end
 if deadline > 0 then
   fields[#fields + 1] = 'deadline_ms'
   fields[#fields + 1] = now + deadline
