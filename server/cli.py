@@ -18,6 +18,7 @@ from typer.exceptions import Abort, TyperException
 from server.conversion import convert, print_facts, source_facts
 from server.field_options import request_of
 from server.inspection import picture_facts
+from server.key_commands import keys_app
 from server.lora_options import LoraDir, Merged
 from server.operate import dead_app, epoch_app
 
@@ -47,6 +48,7 @@ app = typer.Typer(
 
 app.add_typer(dead_app, name="dead")
 app.add_typer(epoch_app, name="epoch")
+app.add_typer(keys_app, name="keys")
 
 
 class MisuseError(Exception):

@@ -74,11 +74,14 @@ class JobAnswer(BaseModel):
     metadata: dict[str, Any] | None
 
 
-def _when(time_ms: int | None) -> str | None:
-    if time_ms is None:
-        return None
+def rfc3339(time_ms: int) -> str:
+    """Return a time in ms since 1970 as RFC 3339 writes it, in UTC."""
     text = datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")
+
+
+def _when(time_ms: int | None) -> str | None:
+    return None if time_ms is None else rfc3339(time_ms)
 
 
 def job_answer(record: JobRecord, links: ImageLinks) -> JobAnswer:
@@ -103,7 +106,7 @@ def job_answer(record: JobRecord, links: ImageLinks) -> JobAnswer:
         step=record.step,
         total=record.total,
         attempt=record.attempts,
-        submitted_at=_when(record.submitted_ms) or "",
+        submitted_at=rfc3339(record.submitted_ms),
         started_at=_when(record.started_ms),
         finished_at=_when(record.finished_ms),
         expires_at=_when(record.expires_ms),

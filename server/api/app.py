@@ -10,7 +10,7 @@ from fastapi.security import HTTPBearer
 from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from server.api import generate, health, jobs
+from server.api import admin, generate, health, jobs, usage
 from server.api.auth import authenticate
 from server.api.context import ApiContext
 from server.api.image_links import ImageLinks
@@ -77,7 +77,7 @@ def create_app(
     )
     app.state.context = context
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
-    for router in (generate.router, jobs.router, health.router):
+    for router in (generate.router, jobs.router, health.router, usage.router, admin.router):
         app.include_router(router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/ui", StaticFiles(directory=UI_FOLDER))

@@ -27,11 +27,12 @@ class Standing:
     remaining: int
     reset_s: float
     exceeded: bool
+    window_s: int = WINDOW_S
 
     def headers(self) -> dict[str, str]:
         """Return the fields of an answer."""
         return {
-            "RateLimit-Policy": f'"requests";q={self.limit};w={WINDOW_S}',
+            "RateLimit-Policy": f'"requests";q={self.limit};w={self.window_s}',
             "RateLimit": f'"requests";r={self.remaining};t={math.ceil(self.reset_s)}',
         }
 

@@ -72,6 +72,16 @@ def new_webhook_secret() -> str:
     return SECRET_PREFIX + base64.b64encode(secrets.token_bytes(RANDOM_BYTES)).decode()
 
 
+async def anonymous_webhook_secret(line: RedisLine) -> str:
+    """The secret that signs webhooks of callers without a key; the first to ask draws it.
+
+    Raises QueueUnavailable.
+    """
+    await line.ask(line.redis.set(keys.WEBHOOK_SECRET, new_webhook_secret(), nx=True))
+    secret: str = await line.ask(line.redis.get(keys.WEBHOOK_SECRET))
+    return secret
+
+
 class KeyRing:
     """The keys in one Redis. All methods raise QueueUnavailable when Redis does not answer."""
 

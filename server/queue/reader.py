@@ -23,10 +23,12 @@ class JobPage:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a tenant has submitted on a UTC day: jobs, and their estimated device time in ms."""
+    """What a tenant has submitted on the UTC day of `now_ms`: jobs, and their estimated device time
+    in ms."""
 
     jobs: int
     cost_ms: int
+    now_ms: int
 
 
 class JobReader(RedisLine):
@@ -84,9 +86,10 @@ class JobReader(RedisLine):
     async def usage(self, tenant: str = DEFAULT_TENANT) -> Usage:
         """Return what a tenant has submitted today, by Redis's clock."""
         seconds, _ = await self.ask(self.redis.time())
-        day = (self._now() or seconds * keys.SECOND_MS) // keys.DAY_MS
-        jobs, cost_ms = await self.ask(self.redis.hmget(keys.usage(tenant, day), "jobs", "cost_ms"))
-        return Usage(int(jobs or 0), int(cost_ms or 0))
+        now_ms = self._now() or seconds * keys.SECOND_MS
+        used = keys.usage(tenant, now_ms // keys.DAY_MS)
+        jobs, cost_ms = await self.ask(self.redis.hmget(used, "jobs", "cost_ms"))
+        return Usage(int(jobs or 0), int(cost_ms or 0), now_ms)
 
     async def depth(self, pool: str = DEFAULT_POOL) -> int:
         """Return the number of queued jobs of a pool."""

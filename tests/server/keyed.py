@@ -7,8 +7,9 @@ from typing import Any
 
 import httpx
 
+from server.protocol import DEFAULT_POOL
 from server.queue.api_keys import ApiKey, KeyRing
-from tests.server.fake_worker import Service, service
+from tests.server.fake_worker import MODEL, Service, service
 
 
 class KeyedService:
@@ -18,6 +19,10 @@ class KeyedService:
         self.app, self.queue, self.anonymous = it.app, it.queue, it.client
         self.ring = KeyRing(it.queue)
         self.clients: list[httpx.AsyncClient] = []
+
+    async def publish(self) -> None:
+        """Offer the fake worker's model, without a worker."""
+        await self.queue.publish_model(DEFAULT_POOL, MODEL)
 
     async def member(self, **options: Any) -> tuple[ApiKey, httpx.AsyncClient]:
         """A new key, and a client that sends it."""

@@ -5,8 +5,6 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import pytest
-
 from server.protocol import new_job_id
 from tests.server.fake_worker import service
 from tests.server.keyed import keyed
@@ -55,12 +53,12 @@ def test_every_route_needs_a_key_unless_it_is_known_to_be_open(
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("host", ["x/livez?", "x/livez#", "x@livez", "localhost", "[::1]"])
-def test_the_host_header_opens_no_path(redis_url: str, tmp_path: Path, host: str) -> None:
+def test_the_host_header_opens_no_path(redis_url: str, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with keyed(redis_url, tmp_path, worker=False) as it:
-            answer = await it.anonymous.get("/presets", headers={"host": host})
-            assert answer.status_code == 401
+            for host in ("x/livez?", "x/livez#", "x@livez", "localhost", "[::1]"):
+                answer = await it.anonymous.get("/presets", headers={"host": host})
+                assert answer.status_code == 401, host
 
     asyncio.run(scenario())
 
@@ -170,22 +168,14 @@ def test_without_keys_an_authorization_header_is_ignored(redis_url: str, tmp_pat
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize(
-    ("origin", "status"),
-    [
-        ("http://localhost:8000", 200), ("http://127.0.0.1:8000", 200), ("http://[::1]", 200),
-        ("https://evil.example", 403), ("null", 403), ("http://localhost.evil.example", 403),
-        ("http://evil.example/localhost", 403), ("file://", 403), ("", 403),
-    ],
-)  # fmt: skip
-def test_pages_of_other_sites_change_nothing(
-    redis_url: str, tmp_path: Path, origin: str, status: int
-) -> None:
+def test_pages_of_other_sites_change_nothing(redis_url: str, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with service(redis_url, tmp_path, loopback_only=True) as it:
-            answer = await it.generate(DRAW, origin=origin)
-            assert answer.status_code == status
-            if status == 403:
-                assert answer.json()["code"] == "foreign-origin"
+            for origin in ("http://localhost:8000", "http://127.0.0.1:8000", "http://[::1]"):
+                assert (await it.generate(DRAW, origin=origin)).status_code == 200, origin
+            for origin in ("https://evil.example", "null", "http://localhost.evil.example",
+                           "http://evil.example/localhost", "file://", ""):  # fmt: skip
+                answer = await it.generate(DRAW, origin=origin)
+                assert (answer.status_code, answer.json()["code"]) == (403, "foreign-origin")
 
     asyncio.run(scenario())

@@ -15,10 +15,10 @@ import pytest
 from redis import Redis
 
 from server.config import Settings
+from server.embedded.data_dir import locked
 from server.embedded.service import (
     LOAD_FAULT,
     _forget_workers,
-    _locked,
     _Service,
     num_gpus,
     run_service,
@@ -253,9 +253,9 @@ def test_a_worker_that_never_comes_up_is_given_up(
 
 
 def test_a_data_directory_has_one_owner(tmp_path):
-    with _locked(tmp_path), pytest.raises(ServiceError, match="in use"), _locked(tmp_path):
+    with locked(tmp_path), pytest.raises(ServiceError, match="in use"), locked(tmp_path):
         pass
-    with _locked(tmp_path):
+    with locked(tmp_path):
         pass
 
 
