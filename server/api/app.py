@@ -17,6 +17,8 @@ from server.api.image_links import ImageLinks
 from server.api.middleware import RequestGuard
 from server.api.problems import HANDLERS
 from server.api.rates import Rates
+from server.api.webhook_targets import WebhookGuard
+from server.api.webhooks import WebhookCourier
 from server.config import Settings
 from server.queue.api_keys import KeyRing
 from server.queue.blobs import BlobStore
@@ -64,6 +66,7 @@ def create_app(
         key_ring=KeyRing(used),
         rates=Rates(used),
         image_links=ImageLinks(used, signed=keys_required),
+        webhook_guard=WebhookGuard(settings.webhook_networks),
     )
     bearer = [Depends(HTTPBearer(auto_error=False))] if keys_required else []
     app = FastAPI(
@@ -94,10 +97,17 @@ def _lifespan(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         upkeep = asyncio.create_task(Upkeep(context.queue, context.blobs).run())
+        courier = WebhookCourier(
+            context.queue,
+            context.webhook_guard,
+            context.image_links,
+            context.settings.webhook_secret,
+        )
+        webhooks = asyncio.create_task(courier.run())
         try:
             yield
         finally:
-            await end_tasks(upkeep)
+            await end_tasks(upkeep, webhooks)
             if owns_queue:
                 await context.queue.close()
 

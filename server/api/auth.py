@@ -7,12 +7,12 @@ Authorization header is ignored, and everybody is the tenant `anonymous`.
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 from starlette.requests import Request
 
 from server.api.context import ApiContext, context_of, promptly
-from server.api.rates import Standing
-from server.errors import MissingScope, RateLimited, Unauthorized
+from server.errors import MissingScope, QueueUnavailable, RateLimited, Unauthorized
 from server.protocol import DEFAULT_TENANT, JobRecord
 from server.queue.api_keys import SCOPES, ApiKey, Scope
 from server.queue.jobs import TenantLimits
@@ -97,8 +97,7 @@ async def _known(request: Request, context: ApiContext) -> Caller:
         raise Unauthorized("the API key is unknown or was revoked")
     request.state.key_id = key.id
     await promptly(context.image_links.prepare())
-    if key.rate is not None:
-        await _count(request, context, key)
+    await _count(request, context, key)
     return Caller(key.tenant, frozenset(key.scopes), key)
 
 
@@ -111,13 +110,22 @@ def _bearer(request: Request) -> str:
 
 
 async def _count(request: Request, context: ApiContext, key: ApiKey) -> None:
-    """Count a request against the key's rate, and say in the answer's headers what is left."""
+    """Count a request against the key's rate; the answer's headers then say what is left."""
     counted = not _UNCOUNTED.fullmatch(_path(request))
-    standing: Standing = await promptly(context.rates.standing(key, hit=counted))
-    request.state.answer_headers = standing.headers()
-    if counted and standing.exceeded:
+    if counted or _path(request) == "/usage":
+        request.state.answer_headers = partial(_standing, context, key)
+    if counted and not await promptly(context.rates.hit(key)):
+        rate = await promptly(context.rates.requests(key))
         sentence = f"this API key has sent {key.rate} requests within a minute, its limit"
-        raise RateLimited(sentence, standing.reset_s)
+        raise RateLimited(sentence, rate.reset_s if rate else None)
+
+
+async def _standing(context: ApiContext, key: ApiKey) -> dict[str, str]:
+    """The RateLimit fields; none where Redis does not tell, since the answer itself is ready."""
+    try:
+        return await promptly(context.rates.headers(key))
+    except QueueUnavailable:
+        return {}
 
 
 def _check_scope(request: Request, who: Caller) -> None:

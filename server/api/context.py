@@ -9,6 +9,7 @@ from starlette.requests import Request
 
 from server.api.image_links import ImageLinks
 from server.api.rates import Rates
+from server.api.webhook_targets import WebhookGuard
 from server.config import Settings
 from server.errors import QueueUnavailable
 from server.queue.api_keys import KeyRing
@@ -36,6 +37,7 @@ class ApiContext:
     key_ring: KeyRing
     rates: Rates
     image_links: ImageLinks
+    webhook_guard: WebhookGuard
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
 

@@ -23,11 +23,13 @@ from server.api.schemas import (
     check_against_model,
     job_spec,
     parse_generate,
+    printable,
 )
+from server.api.webhook_targets import ForbiddenTarget
 from server.errors import QueueUnavailable, ServerError
 from server.protocol import MEDIA_TYPES, JobRecord, OutputFormat, new_job_id
 from server.queue.connection import end_tasks
-from server.queue.jobs import Idempotency
+from server.queue.jobs import Idempotency, Webhook
 
 CLIENT_CLOSED = 499  # never sent: the client is gone; it names the outcome in the log
 
@@ -117,6 +119,7 @@ async def _submit(
     pool, info = await promptly(find_model(context, body.model))
     check_against_model(body, info)
     cost_ms = price(body, info)
+    webhook = await _webhook(context, who, body)
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
     spec = job_spec(body, seed=seed, output_format=output_format)
     submission = context.queue.submit(
@@ -129,8 +132,21 @@ async def _submit(
         deadline_s=body.deadline_s,
         idempotency=idempotency,
         limits=who.limits,
+        webhook=webhook,
     )
     return await promptly(submission, context.queue.confirm_s)
+
+
+async def _webhook(context: ApiContext, who: Caller, body: GenerateBody) -> Webhook | None:
+    """What is told of the job's end; raises InvalidFields for a URL that must not be called."""
+    if body.webhook_url is None:
+        return None
+    try:
+        await context.webhook_guard.check(body.webhook_url)
+    except ForbiddenTarget as error:
+        sentence = f"webhook_url {error}, got '{printable(body.webhook_url)}'"
+        raise InvalidFields([("webhook_url", sentence)]) from None
+    return Webhook(body.webhook_url, who.key_hash)
 
 
 async def _wait(

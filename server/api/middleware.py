@@ -61,7 +61,8 @@ class RequestGuard:
                 status = message["status"]
                 answer = MutableHeaders(scope=message)
                 answer["X-Request-Id"] = request_id
-                answer.update(state.get("answer_headers", {}))
+                if "answer_headers" in state:  # see server.api.auth
+                    answer.update(await state["answer_headers"]())
             await send(message)
 
         started = time.monotonic()

@@ -26,6 +26,7 @@ MAX_LORAS = 8
 MAX_LORA_NAME = 100
 MAX_LORA_SCALE = 10
 MAX_DEADLINE_S = 24 * 3600
+MAX_WEBHOOK_URL = 2048
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_TEXT = 512
 MAX_UNKNOWN = 8  # unknown fields that an answer names: finding the nearest name takes time
@@ -176,6 +177,13 @@ class GenerateBody(BaseModel):
         gt=0,
         le=MAX_DEADLINE_S,
         description=f"a number of seconds above 0, up to {MAX_DEADLINE_S}",
+    )
+    webhook_url: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_WEBHOOK_URL,
+        description=f"an http or https URL of at most {MAX_WEBHOOK_URL} characters that is told of "
+        "the job's end, at a public address",
     )
     metadata: dict[_MetadataKey, _Scalar] | None = Field(
         None,
@@ -368,6 +376,7 @@ def _check_schedule(body: GenerateBody, info: ModelInfo) -> list[tuple[str, str]
 def job_spec(body: GenerateBody, *, seed: int, output_format: OutputFormat) -> JobSpec:
     """The job of a checked body; `seed` and `output_format` fill what the body left out."""
     fields = body.model_dump(
-        exclude={"priority", "deadline_s", "seed", "output_format"}, exclude_none=True
+        exclude={"priority", "deadline_s", "webhook_url", "seed", "output_format"},
+        exclude_none=True,
     )
     return JobSpec(**fields, seed=seed, output_format=output_format)

@@ -1,7 +1,5 @@
 """`GET /usage`: what the caller has used today, what it may, and when that begins anew."""
 
-import math
-
 from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.requests import Request
@@ -10,7 +8,7 @@ from server.api.answers import rfc3339
 from server.api.auth import Caller, caller
 from server.api.context import ApiContext, context_of, promptly
 from server.api.problems import Problem
-from server.queue import keys
+from server.api.rates import Standing
 
 router = APIRouter()
 
@@ -71,17 +69,7 @@ async def _usage(context: ApiContext, who: Caller) -> UsageAnswer:
     today = await queue.usage(who.tenant)
     open_now = await queue.open_jobs(who.tenant)
     open_limit = queue.tenant_limit if limits.open_jobs is None else limits.open_jobs
-    midnight_ms = (today.now_ms // keys.DAY_MS + 1) * keys.DAY_MS
-    requests = None
-    if who.key is not None and who.key.rate is not None:
-        standing = await context.rates.standing(who.key, hit=False)
-        requests = Requests(
-            used=standing.limit - standing.remaining,
-            limit=standing.limit,
-            remaining=standing.remaining,
-            window_s=standing.window_s,
-            resets_in_s=math.ceil(standing.reset_s),
-        )
+    rate = await context.rates.requests(who.key) if who.key else None
     return UsageAnswer(
         tenant=who.tenant,
         key=who.key.id if who.key else None,
@@ -92,11 +80,21 @@ async def _usage(context: ApiContext, who: Caller) -> UsageAnswer:
             limit=limits.daily_jobs,
             remaining=_left(today.jobs, limits.daily_jobs),
             device_s=today.cost_ms / 1000,
-            resets_in_s=math.ceil((midnight_ms - today.now_ms) / 1000),
-            resets_at=rfc3339(midnight_ms),
+            resets_in_s=today.resets_in_s,
+            resets_at=rfc3339(today.resets_ms),
         ),
         open_jobs=Allowance(used=open_now, limit=open_limit, remaining=_left(open_now, open_limit)),
-        requests=requests,
+        requests=_requests(rate) if rate else None,
+    )
+
+
+def _requests(rate: Standing) -> Requests:
+    return Requests(
+        used=rate.limit - rate.remaining,
+        limit=rate.limit,
+        remaining=rate.remaining,
+        window_s=rate.window_s,
+        resets_in_s=rate.reset_s,
     )
 
 

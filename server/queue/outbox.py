@@ -43,7 +43,12 @@ class Outbox(RedisLine):
         False if somebody else has taken it meanwhile.
         """
         wait_ms = -1 if retry_in_s is None else round(retry_in_s * 1000)
-        return bool(await self.run("delivered", delivery.job_id, delivery.tries, wait_ms))
+        return bool(await self.run("delivered", delivery.job_id, delivery.tries, wait_ms, 0))
+
+    async def put_back_delivery(self, delivery: Delivery, retry_in_s: float) -> bool:
+        """Give back a delivery that nobody has tried: this was no try."""
+        wait_ms = round(retry_in_s * 1000)
+        return bool(await self.run("delivered", delivery.job_id, delivery.tries, wait_ms, 1))
 
     async def num_deliveries(self) -> int:
         """Return how many are still to be made."""

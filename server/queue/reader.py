@@ -30,6 +30,16 @@ class Usage:
     cost_ms: int
     now_ms: int
 
+    @property
+    def resets_ms(self) -> int:
+        """When the next day begins."""
+        return (self.now_ms // keys.DAY_MS + 1) * keys.DAY_MS
+
+    @property
+    def resets_in_s(self) -> int:
+        """Whole seconds until then, at least 1."""
+        return -(-(self.resets_ms - self.now_ms) // 1000)
+
 
 class JobReader(RedisLine):
     """Reads. All methods raise QueueUnavailable when Redis does not answer."""

@@ -69,8 +69,19 @@ def test_no_race_gets_past_the_daily_quota_and_the_open_jobs(
                 refused = [answer for answer in answers if answer.status_code == 429]
                 assert {answer.json()["code"] for answer in refused} == {code}
                 assert all(1 <= int(a.headers["retry-after"]) <= 120 for a in refused)
+                if code == "quota-exceeded":
+                    assert refused[0].headers["ratelimit-policy"] == '"jobs";q=4;w=86400'
+                    assert re.fullmatch(r'"jobs";r=0;t=\d+', refused[0].headers["ratelimit"])
+                    last = min(a.headers["ratelimit"] for a in answers if a.status_code == 202)
+                    assert last.startswith('"jobs";r=0;')
             _, other = await it.member()
-            assert (await submit(other)).status_code == 202
+            free = await submit(other)
+            assert free.status_code == 202
+            assert "ratelimit" not in free.headers
+            _, both = await it.member(rate=60, daily_jobs=9)
+            told = (await submit(both)).headers
+            assert told["ratelimit-policy"] == '"requests";q=60;w=60, "jobs";q=9;w=86400'
+            assert re.fullmatch(r'"requests";r=59;t=\d+, "jobs";r=8;t=\d+', told["ratelimit"])
 
     asyncio.run(scenario())
 
