@@ -17,6 +17,7 @@ from typing import IO
 import structlog
 from redis import Redis
 
+from server.api.address import keys_required
 from server.config import ENV_PREFIX, Settings
 from server.embedded.children import Child, spawn, stop_children
 from server.embedded.data_dir import locked
@@ -216,9 +217,12 @@ class _Service:
     def _greeting(self) -> str:
         count = len(self.workers)
         name = self._model_dir.resolve().name
+        mode = self._env[ENV_PREFIX + "API_KEYS"]
+        keyed = keys_required(self._host, self._insecure, mode)
         return (
             f"lumina-serve ready on http://{_url_host(self._host)}:{self._port} "
-            f"({count} worker{'s' if count > 1 else ''}, model {name})"
+            f"({count} worker{'s' if count > 1 else ''}, model {name}"
+            f"{', API keys required: `lumina keys create`' if keyed else ''})"
         )
 
     def _is_ready(self) -> bool:
