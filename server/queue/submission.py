@@ -92,8 +92,8 @@ class FrontDoor(DurableLine, JobReader):
             webhook: told of the job's end through the outbox.
             watched: previews are wanted from the first step on.
 
-        Raises QueueFull, TooManyJobs, DeadlineTooShort, IdempotencyMismatch (the key was used with
-        another body) or InvalidRequest (a malformed id, name or deadline).
+        Raises QueueFull, TooManyJobs, QuotaExceeded, DeadlineTooShort, IdempotencyMismatch (the key
+        was used with another body) or InvalidRequest (a malformed id, name or deadline).
         """
         _check(job_id, tenant, pool, priority, deadline_s)
         deadline_ms = round(1000 * (deadline_s or 0))
@@ -116,12 +116,11 @@ class FrontDoor(DurableLine, JobReader):
             record = self.read_record(answer[1], found)
             assert record is not None, answer[1]
             return record
-        now, rank = found
         return JobRecord(
             id=job_id, status="queued", tenant=tenant, pool=pool, priority=priority, spec=spec,
-            step=0, total=0, position=rank + 1, attempts=0, claim_no=0, worker=None,
-            submitted_ms=now, started_ms=None, finished_ms=None, expires_ms=None, error=None,
-            result=None, deadline_ms=now + deadline_ms if deadline_ms else None,
+            step=0, total=0, position=found[1] + 1, attempts=0, claim_no=0, worker=None,
+            submitted_ms=found[0], started_ms=None, finished_ms=None, expires_ms=None, error=None,
+            result=None, deadline_ms=found[0] + deadline_ms if deadline_ms else None,
         )  # fmt: skip
 
     async def _check_memory(self) -> None:
