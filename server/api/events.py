@@ -25,7 +25,9 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.answers import job_answer
 from server.api.context import ApiContext, context_of, promptly
+from server.api.examples import EVENTS
 from server.api.jobs import find_job
+from server.api.openapi import QUEUE, problems
 from server.errors import NotFound, QueueUnavailable
 from server.protocol import JobRecord
 from server.queue.connection import end_tasks
@@ -80,7 +82,19 @@ def goodbye(why: str) -> ServerSentEvent:
     return ServerSentEvent(comment=why, retry=random.randint(*RETRY_MS), sep="\n")
 
 
-@router.get("/events", summary="Follow a job")
+@router.get(
+    "/events",
+    response_class=Response,
+    responses=problems("not-found", "invalid-request", *QUEUE)
+    | {
+        200: {
+            "description": "Server-sent events",
+            "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EVENTS}},
+        },
+        204: {"description": "The job has ended, and you have its last event"},
+    },
+    summary="Follow a job",
+)
 async def get_events(
     request: Request,
     job_id: str,
