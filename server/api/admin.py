@@ -11,7 +11,8 @@ from starlette.requests import Request
 
 from server.api.answers import ErrorAnswer, rfc3339
 from server.api.context import context_of, promptly
-from server.api.problems import Problem
+from server.api.examples import DEAD, DEAD_DETAIL, POOL, PURGED, RETRIED, WORKER
+from server.api.openapi import QUEUE, answer, problems
 from server.api.schemas import printable
 from server.errors import NotFound
 from server.protocol import JobRecord, is_job_id
@@ -20,15 +21,10 @@ from server.queue.dead import DeadLetters
 MAX_LISTED = 1000
 MAX_AT_ONCE = 100  # dead jobs that one request retries or purges: an answer must not take long
 
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    code: {
-        "description": "A problem, in words",
-        "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
-    }
-    for code in ("4XX", "5XX")
-}
+router = APIRouter(prefix="/admin", tags=["admin"])
 
-router = APIRouter(prefix="/admin", responses=_PROBLEMS, tags=["admin"])
+_ANY = problems(*QUEUE)
+_ONE = problems("not-found", *QUEUE)
 
 
 class DeadJob(BaseModel):
@@ -90,7 +86,12 @@ class PoolState(BaseModel):
     workers: list[WorkerState]
 
 
-@router.get("/dead", summary="Jobs that used up their attempts")
+@router.get(
+    "/dead",
+    responses=problems("invalid-request", *QUEUE)
+    | {200: answer("Dead jobs", {"count": 1, "jobs": [DEAD]})},
+    summary="Jobs that used up their attempts",
+)
 async def list_dead(
     request: Request, limit: Annotated[int, Query(ge=1, le=MAX_LISTED)] = 100
 ) -> DeadList:
@@ -101,7 +102,11 @@ async def list_dead(
     return DeadList(count=count, jobs=[DeadJob(**_fields(record)) for record in records])
 
 
-@router.get("/dead/{job_id}", summary="One dead job, with what it asked for")
+@router.get(
+    "/dead/{job_id}",
+    responses=_ONE | {200: answer("The dead job", DEAD_DETAIL)},
+    summary="One dead job, with what it asked for",
+)
 async def show_dead(request: Request, job_id: str) -> DeadJobDetail:
     """Why a job died and what it asked for. This shows its prompt."""
     record = await _dead(request, job_id)
@@ -109,35 +114,55 @@ async def show_dead(request: Request, job_id: str) -> DeadJobDetail:
     return DeadJobDetail(**_fields(record), spec=spec)
 
 
-@router.post("/dead/{job_id}/retry", summary="Queue a dead job anew")
+@router.post(
+    "/dead/{job_id}/retry",
+    responses=_ONE | {200: answer("The new job", RETRIED)},
+    summary="Queue a dead job anew",
+)
 async def retry_dead(request: Request, job_id: str) -> Retried:
     """A new job of the same tenant that names the old one."""
     await _dead(request, job_id)
     return await _retry(request, [job_id])
 
 
-@router.post("/dead/retry", summary="Queue all dead jobs anew")
+@router.post(
+    "/dead/retry",
+    responses=_ANY | {200: answer("The new jobs", RETRIED)},
+    summary="Queue all dead jobs anew",
+)
 async def retry_all_dead(request: Request) -> Retried:
     """Up to a hundred at once; `remaining` tells whether to ask again."""
     ids = await promptly(DeadLetters(context_of(request).queue).ids(MAX_AT_ONCE))
     return await _retry(request, ids)
 
 
-@router.delete("/dead/{job_id}", summary="Forget a dead job")
+@router.delete(
+    "/dead/{job_id}",
+    responses=_ONE | {200: answer("Forgotten", PURGED)},
+    summary="Forget a dead job",
+)
 async def purge_dead(request: Request, job_id: str) -> Purged:
     """Its record goes too."""
     await _dead(request, job_id)
     return await _purge(request, [job_id])
 
 
-@router.delete("/dead", summary="Forget all dead jobs")
+@router.delete(
+    "/dead",
+    responses=_ANY | {200: answer("Forgotten", PURGED)},
+    summary="Forget all dead jobs",
+)
 async def purge_all_dead(request: Request) -> Purged:
     """Up to a hundred at once; `remaining` tells whether to ask again."""
     ids = await promptly(DeadLetters(context_of(request).queue).ids(MAX_AT_ONCE))
     return await _purge(request, ids)
 
 
-@router.get("/pools", summary="What is served, waits and runs")
+@router.get(
+    "/pools",
+    responses=_ANY | {200: answer("All pools", [POOL])},
+    summary="What is served, waits and runs",
+)
 async def pools(request: Request) -> list[PoolState]:
     """Every pool with its model, queue and live workers."""
     queue = context_of(request).queue
@@ -156,7 +181,11 @@ async def pools(request: Request) -> list[PoolState]:
     return states
 
 
-@router.get("/workers", summary="Who works")
+@router.get(
+    "/workers",
+    responses=_ANY | {200: answer("All workers", [WORKER])},
+    summary="Who works",
+)
 async def workers(request: Request) -> list[WorkerState]:
     """The live workers of every pool."""
     names = await promptly(context_of(request).queue.pools())

@@ -10,11 +10,12 @@ from fastapi.security import HTTPBearer
 from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from server.api import admin, generate, health, jobs, usage
+from server.api import admin, events, generate, health, jobs, openai, usage
 from server.api.auth import authenticate
 from server.api.context import ApiContext
 from server.api.image_links import ImageLinks
 from server.api.middleware import RequestGuard
+from server.api.openapi import describe
 from server.api.problems import HANDLERS
 from server.api.rates import Rates
 from server.api.webhook_targets import WebhookGuard
@@ -27,6 +28,10 @@ from server.queue.jobs import JobQueue, open_queue
 from server.queue.upkeep import Upkeep
 
 UI_FOLDER = Path(__file__).parent / "ui"
+ROUTERS = (
+    generate.router, jobs.listing, jobs.router, events.router, openai.router, health.router,
+    usage.router, admin.router,
+)  # fmt: skip
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
@@ -78,9 +83,10 @@ def create_app(
         redirect_slashes=False,
         redoc_url=None,
     )
+    describe(app, ROUTERS)
     app.state.context = context
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
-    for router in (generate.router, jobs.router, health.router, usage.router, admin.router):
+    for router in ROUTERS:
         app.include_router(router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/ui", StaticFiles(directory=UI_FOLDER))

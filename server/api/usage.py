@@ -7,7 +7,8 @@ from starlette.requests import Request
 from server.api.answers import rfc3339
 from server.api.auth import Caller, caller
 from server.api.context import ApiContext, context_of, promptly
-from server.api.problems import Problem
+from server.api.examples import USAGE
+from server.api.openapi import QUEUE, answer, problems
 from server.api.rates import Standing
 
 router = APIRouter()
@@ -51,13 +52,7 @@ class UsageAnswer(BaseModel):
 @router.get(
     "/usage",
     summary="What you have used, and what you may",
-    responses={
-        code: {
-            "description": "A problem, in words",
-            "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
-        }
-        for code in ("4XX", "5XX")
-    },
+    responses=problems(*QUEUE) | {200: answer("What was used, and the limits", USAGE)},
 )
 async def usage(request: Request) -> UsageAnswer:
     """Jobs of today and open jobs of the caller's tenant, requests of its key, and their limits."""

@@ -41,7 +41,7 @@ apikeys                           zset    sha256 of every API key -> when it was
 rate:<...>                        string  requests of a key in this minute (the library limits)
 webhook-secret                    string  signs webhooks of callers without a key
 sweep                             string  who sweeps the blob store; TTL
-changes                           channel ids of jobs that changed
+changes                           channel ids of jobs that changed; <id>:preview... of new pictures
 """
 
 PREFIX = "{lumina}:"

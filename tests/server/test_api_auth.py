@@ -179,3 +179,24 @@ def test_pages_of_other_sites_change_nothing(redis_url: str, tmp_path: Path) -> 
                 assert (answer.status_code, answer.json()["code"]) == (403, "foreign-origin")
 
     asyncio.run(scenario())
+
+
+def test_openai_paths_refuse_in_openais_words(redis_url: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with keyed(redis_url, tmp_path) as it:
+            _, limited = await it.member(rate=1)
+            _, admin = await it.member(scopes=("admin",))
+            assert (await limited.get("/v1/models")).status_code == 200
+            for client, status, code in (
+                (it.anonymous, 401, "invalid_api_key"), (admin, 403, "missing_scope"),
+                (limited, 429, "rate_limit_exceeded"),
+            ):  # fmt: skip
+                answer = await client.get("/v1/models")
+                assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+            _, client = await it.member()
+            body = {"prompt": "x", "response_format": "url"}
+            url = (await client.post("/v1/images/generations", json=body)).json()["data"][0]["url"]
+            assert url.startswith("http://lumina.example/jobs/")
+            assert (await it.anonymous.get(url)).status_code == 200
+
+    asyncio.run(scenario())
