@@ -179,15 +179,13 @@ POOL: dict[str, Any] = {
     "workers": [WORKER],
 }
 
-EVENTS = f"""id: 1794043800000-0
-event: queued
-data: {{"id":"{JOB_ID}","status":"queued"}}
+EVENT: dict[str, Any] = {
+    "id": "1794043800010-0",
+    "event": "progress",
+    "data": f'{{"id":"{JOB_ID}","status":"running","step":3,"total":30}}',
+}
 
-id: 1794043800010-0
-event: progress
-data: {{"id":"{JOB_ID}","status":"running","step":3,"total":30}}
-
-event: preview
-data: {{"id":"{JOB_ID}","media_type":"image/jpeg","b64_json":"/9j/4AAQ"}}
-
-"""
+IMAGE_EVENT: dict[str, Any] = {
+    "event": "image_generation.partial_image",
+    "data": '{"type":"image_generation.partial_image","partial_image_index":0,"b64_json":"iVBO"}',
+}

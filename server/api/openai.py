@@ -14,7 +14,7 @@ from server.api.answers import job_answer
 from server.api.auth import caller
 from server.api.context import ApiContext, context_of, promptly
 from server.api.events import EventStreamResponse
-from server.api.examples import IMAGES, IMAGES_BODIES, MODEL
+from server.api.examples import IMAGE_EVENT, IMAGES, IMAGES_BODIES, MODEL
 from server.api.generate import CLIENT_CLOSED, cancel_quietly, submit, wait_for
 from server.api.jobs import read_image
 from server.api.negotiation import read_idempotency, read_json
@@ -27,8 +27,17 @@ from server.api.openai_schemas import (
     native_body,
     token_usage,
 )
-from server.api.openai_stream import ImageStream
-from server.api.openapi import BODY, QUEUE, SUBMIT, answer, json_body, openai_problems, schema_of
+from server.api.openai_stream import COMPLETED, ERROR, PARTIAL, ImageStream
+from server.api.openapi import (
+    BODY,
+    QUEUE,
+    SUBMIT,
+    answer,
+    event_stream,
+    json_body,
+    openai_problems,
+    schema_of,
+)
 from server.api.problems import job_problem, problem
 from server.api.schemas import parse_body, printable
 from server.errors import NotFound, UnknownModel
@@ -71,7 +80,7 @@ _DRAWN = {
     "description": "The finished pictures; with `stream`, server-sent events",
     "content": {
         "application/json": {"schema": schema_of(ImagesAnswer), "example": IMAGES},
-        "text/event-stream": {"schema": {"type": "string"}},
+        **event_stream((PARTIAL, COMPLETED, ERROR), IMAGE_EVENT),
     },
 }
 

@@ -5,7 +5,7 @@ come from the table of `server.api.problems`.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, FastAPI
@@ -87,6 +87,19 @@ def openai_problems(*codes: str) -> Responses:
 def answer(description: str, example: Any, media_type: str = "application/json") -> dict[str, Any]:
     """A response with an example; its schema comes from the route's model."""
     return {"description": description, "content": {media_type: {"example": example}}}
+
+
+def event_stream(names: Sequence[str], example: dict[str, Any]) -> dict[str, Any]:
+    """The content of a response that is a stream of such events, each with JSON as its data."""
+    text = {"type": "string"}
+    fields = {
+        "id": text,
+        "event": {"type": "string", "enum": list(names)},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+        "retry": {"type": "integer"},
+    }
+    schema = {"type": "object", "properties": fields}
+    return {"text/event-stream": {"schema": schema, "example": example}}
 
 
 def describe(app: FastAPI, routers: Iterable[APIRouter]) -> None:
