@@ -19,6 +19,7 @@ from server.protocol import JobRecord, is_job_id
 from server.queue.dead import DeadLetters
 
 MAX_LISTED = 1000
+LIST_S = 4.0  # a long list takes many questions
 MAX_AT_ONCE = 100  # dead jobs that one request retries or purges: an answer must not take long
 
 router = APIRouter(prefix="/admin", tags=["admin"])
@@ -97,7 +98,7 @@ async def list_dead(
 ) -> DeadList:
     """Dead jobs, the latest first, without their prompts."""
     dead = DeadLetters(context_of(request).queue)
-    records = await promptly(dead.records(limit))
+    records = await promptly(dead.records(limit), LIST_S)
     count = await promptly(dead.count())
     return DeadList(count=count, jobs=[DeadJob(**_fields(record)) for record in records])
 

@@ -10,6 +10,7 @@ import random
 import ssl
 from collections import Counter
 from datetime import UTC, datetime
+from functools import cache
 
 import httpx
 import structlog
@@ -86,7 +87,7 @@ class WebhookCourier:
         self._secret = secret
         self._lease_s = lease_s
         self._attempt_s = attempt_s
-        self._tls = tls or httpx.create_ssl_context()
+        self._tls = tls
         self._ring = KeyRing(queue)
         self._in_flight: dict[asyncio.Task[None], str] = {}
 
@@ -182,7 +183,10 @@ class WebhookCourier:
         """
         async with (
             httpx.AsyncClient(
-                verify=self._tls, trust_env=False, follow_redirects=False, timeout=CONNECT_S
+                verify=self._tls or _trusted(),
+                trust_env=False,
+                follow_redirects=False,
+                timeout=CONNECT_S,
             ) as client,
             client.stream(
                 "POST",
@@ -218,6 +222,12 @@ class WebhookCourier:
             "data": data,
         }
         return json.dumps(message, ensure_ascii=False, separators=(",", ":"))
+
+
+@cache
+def _trusted() -> ssl.SSLContext:
+    """Certificates of the public authorities, or of SSL_CERT_FILE; read once, for it takes long."""
+    return httpx.create_ssl_context()
 
 
 def sign(secret: str, job_id: str, body: str) -> dict[str, str]:
