@@ -116,12 +116,7 @@ class FrontDoor(DurableLine, JobReader):
             record = self.read_record(answer[1], found)
             assert record is not None, answer[1]
             return record
-        return JobRecord(
-            id=job_id, status="queued", tenant=tenant, pool=pool, priority=priority, spec=spec,
-            step=0, total=0, position=found[1] + 1, attempts=0, claim_no=0, worker=None,
-            submitted_ms=found[0], started_ms=None, finished_ms=None, expires_ms=None, error=None,
-            result=None, deadline_ms=found[0] + deadline_ms if deadline_ms else None,
-        )  # fmt: skip
+        return _fresh(job_id, spec, tenant, pool, priority, deadline_ms, found)
 
     async def _check_memory(self) -> None:
         if await self.memory_ratio() > MAX_MEMORY_RATIO:
@@ -153,6 +148,25 @@ def _check(job_id: str, tenant: str, pool: str, priority: str, deadline_s: float
         raise InvalidRequest(f"priority {priority!r} is not one of {', '.join(PRIORITIES)}")
     if deadline_s is not None and round(deadline_s * 1000) < 1:
         raise InvalidRequest(f"deadline_s must be at least 0.001, got {deadline_s}")
+
+
+def _fresh(
+    job_id: str,
+    spec: JobSpec,
+    tenant: str,
+    pool: str,
+    priority: Priority,
+    deadline_ms: int,
+    found: tuple[int, int, int],
+) -> JobRecord:
+    """The record of a job that was queued just now, as the script has `found` it."""
+    now, rank, start_ms = found
+    return JobRecord(
+        id=job_id, status="queued", tenant=tenant, pool=pool, priority=priority, spec=spec,
+        step=0, total=0, position=rank + 1, attempts=0, claim_no=0, worker=None,
+        submitted_ms=now, started_ms=None, finished_ms=None, expires_ms=None, error=None,
+        result=None, deadline_ms=now + deadline_ms if deadline_ms else None, start_ms=start_ms,
+    )  # fmt: skip
 
 
 def _too_late(deadline_ms: int, wait_ms: int, cost_ms: float) -> DeadlineTooShort:
