@@ -17,7 +17,7 @@ from server.protocol import DEFAULT_TENANT, JobRecord
 from server.queue.api_keys import SCOPES, ApiKey, Scope
 from server.queue.jobs import TenantLimits
 
-OPEN_PATHS = frozenset({"/", "/livez", "/readyz", "/startupz"})
+OPEN_PATHS = frozenset({"/", "/docs", "/livez", "/readyz", "/startupz"})
 ADMIN_PREFIX = "/admin"
 
 _IMAGE = re.compile(r"/jobs/[^/]+/images/[^/]+")
