@@ -18,7 +18,8 @@ def test_without_a_valid_key_nothing_but_the_open_paths_answers(
 ) -> None:
     async def scenario() -> None:
         async with keyed(redis_url, tmp_path, worker=False) as it:
-            for path in ("/", "/docs", "/livez", "/startupz", "/readyz", "/ui/app.js", "/openapi.json"):
+            for path in ("/", "/docs", "/livez", "/startupz", "/readyz", "/ui/app.js",
+                         "/openapi.json"):  # fmt: skip
                 assert (await it.anonymous.get(path)).status_code == 200, path
             refused = await it.anonymous.post("/generate", json=DRAW)
             assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized")
