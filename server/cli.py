@@ -18,6 +18,7 @@ from typer.exceptions import Abort, TyperException
 from server.conversion import convert, print_facts, source_facts
 from server.field_options import request_of
 from server.inspection import picture_facts
+from server.key_commands import keys_app
 from server.lora_options import LoraDir, Merged
 from server.operate import dead_app, epoch_app
 
@@ -47,6 +48,7 @@ app = typer.Typer(
 
 app.add_typer(dead_app, name="dead")
 app.add_typer(epoch_app, name="epoch")
+app.add_typer(keys_app, name="keys")
 
 
 class MisuseError(Exception):
@@ -70,7 +72,7 @@ Precision = Annotated[
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Serve other machines too, without API keys.")
+    bool, typer.Option("--insecure", help="Serve everybody who can connect, without API keys.")
 ]
 
 
@@ -110,10 +112,10 @@ def serve(
 ) -> int:
     """Run everything on this machine: Redis, workers, the API and its page."""
     folder = _checkpoint_folder(model)
-    _check_host(host, insecure)
     settings = _settings(
         redis_url=redis_url, data_dir=data_dir, precision=precision, lora_dir=lora_dir
     )
+    _check_host(host, insecure, settings)
     from server.embedded import run_service
 
     return run_service(
@@ -139,8 +141,8 @@ def api(
     ] = False,
 ) -> int:
     """Run the HTTP API alone."""
-    _check_host(host, insecure)
     settings = _settings(redis_url=redis_url)
+    _check_host(host, insecure, settings)
     from server.api.main import run_api
 
     return run_api(settings, host=host, port=port, insecure=insecure, needs_worker=needs_worker)
@@ -286,11 +288,11 @@ def _quiet_libraries() -> None:
     logging.getLogger("xformers").setLevel(logging.ERROR)
 
 
-def _check_host(host: str, insecure: bool) -> None:
-    from server.api.address import require_loopback
+def _check_host(host: str, insecure: bool, settings: "Settings") -> None:
+    from server.api.address import keys_required
 
     try:
-        require_loopback(host, insecure)
+        keys_required(host, insecure, settings.api_keys)
     except ValueError as error:
         raise MisuseError(str(error)) from None
 

@@ -55,9 +55,6 @@ def one_line(capsys: Capture) -> str:
         (["serve", "--port", "70000"], ["--port"]),
         (["serve", "--workers", "0"], ["--workers"]),
         (["serve", "--model", "/no/such/folder"], ["/no/such/folder"]),
-        (["serve", "--model", ".", "--host", "0.0.0.0"], ["0.0.0.0", "--insecure"]),
-        (["api", "--host", "0.0.0.0"], ["0.0.0.0", "--insecure"]),
-        (["api", "--host", "example.org"], ["example.org", "--insecure"]),
         (["worker", "--model", ".", "--pool", "a b"], ["--pool 'a b'"]),
         (["worker", "--model", ".", "--drain-s", "-1"], ["--drain-s"]),
         (["generate"], ["prompt"]),
@@ -102,6 +99,15 @@ def test_an_unknown_setting_is_misuse(monkeypatch: pytest.MonkeyPatch, capsys: C
     monkeypatch.setenv("LUMINA_REDIS_ULR", "x")
     assert cli.main(["api"]) == 2
     assert "LUMINA_REDIS_ULR" in one_line(capsys)
+
+
+def test_keys_cannot_be_both_required_and_waived(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("LUMINA_API_KEYS", "required")
+    for command in ("api", "serve"):
+        assert cli.main([command, "--insecure"]) == 2
+        assert "LUMINA_API_KEYS=required" in one_line(capsys)
 
 
 def test_help_and_version(capsys: Capture) -> None:
