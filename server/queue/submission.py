@@ -107,8 +107,7 @@ class FrontDoor(DurableLine, JobReader):
             id=job_id, status="queued", tenant=tenant, pool=pool, priority=priority, spec=spec,
             step=0, total=0, position=rank + 1, attempts=0, claim_no=0, worker=None,
             submitted_ms=now, started_ms=None, finished_ms=None, expires_ms=None, error=None,
-            result=None, deadline_ms=now + deadline_ms if deadline_ms else None,
-            start_ms=start_ms,
+            result=None, start_ms=start_ms, deadline_ms=now + deadline_ms if deadline_ms else None,
         )  # fmt: skip
 
     async def _check_memory(self) -> None:
