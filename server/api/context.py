@@ -20,6 +20,7 @@ from server.queue.jobs import JobQueue
 
 REDIS_ANSWER_S = 0.8  # the API promises a 503 within a second when Redis is away
 BUSY_S = 10.0
+TURN_S = 0.1
 
 T = TypeVar("T")
 
@@ -55,20 +56,21 @@ async def promptly(answer: Awaitable[T], extra_s: float = 0.0) -> T:
     """Await something that only Redis can delay; raises QueueUnavailable after REDIS_ANSWER_S.
 
     `extra_s` is for what must reach a disk or another server first. As long as Redis answers others
-    it is not away, and this process just busy: then there is more time, up to BUSY_S.
+    it is not away, and this process just busy: then there is more time, up to BUSY_S. Nor does it
+    count when this process itself stands still.
     """
-    limit_s = REDIS_ANSWER_S + extra_s
     task = asyncio.ensure_future(answer)
-    began = time.monotonic()
-    left_s = limit_s
+    started = turn = time.monotonic()
+    silent_s = 0.0
     try:
-        while left_s > 0:
-            await asyncio.wait((task,), timeout=left_s)
+        while silent_s < REDIS_ANSWER_S + extra_s and turn - started < BUSY_S + extra_s:
+            await asyncio.wait((task,), timeout=TURN_S)
             if task.done():
                 return task.result()
-            waited_s = time.monotonic() - began
-            left_s = min(limit_s - last_answer.age_s, BUSY_S + extra_s - waited_s)
-        raise QueueUnavailable(f"Redis did not answer within {waited_s:.1f} s")
+            took_s = time.monotonic() - turn
+            turn += took_s
+            silent_s = 0.0 if last_answer.age_s < took_s else silent_s + min(took_s, 2 * TURN_S)
+        raise QueueUnavailable(f"Redis did not answer within {turn - started:.1f} s")
     finally:
         if not task.done():
             await end_tasks(task)
