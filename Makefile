@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    --index-url "$$LUMINA_TORCH_INDEX" "$$(sed -n '/^torch==/p' constraints.txt)"; \
 	fi
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check \
-	  -e '.[api,worker,train,gpu,dev]'
+	  -e '.[api,worker,train,gpu,client,c2pa,dev]'
 	@touch $@
 
 serve: $(STAMP) ## run Redis, a worker and the API with the bundled checkpoint (ARGS="--port 8080")

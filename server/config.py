@@ -70,6 +70,12 @@ class Settings(BaseSettings):
     lora_dir: Path | None = None
     """Folder of LoRA files that requests may name."""
 
+    c2pa_cert: Path | None = None
+    """PEM chain of the certificate that signs pictures with C2PA content credentials."""
+
+    c2pa_key: Path | None = None
+    """PEM private key of `c2pa_cert`."""
+
     @field_validator("warmup_sizes")
     @classmethod
     def _check_sizes(cls, sizes: str) -> str:
