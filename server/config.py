@@ -10,8 +10,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "LUMINA_"
 
-# Variables of the build and of the model library, read elsewhere.
-FOREIGN_VARIABLES = frozenset({"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION"})
+# Variables of the build, the model library and the command line, read elsewhere.
+FOREIGN_VARIABLES = frozenset({"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION", "LUMINA_API_KEY"})
 
 
 class SettingsError(ValueError):
