@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from server.api import generate, health, jobs
+from server.api import events, generate, health, jobs
 from server.api.context import ApiContext
 from server.api.middleware import RequestGuard
 from server.api.problems import HANDLERS
@@ -62,7 +62,7 @@ def create_app(
     )
     app.state.context = context
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
-    for router in (generate.router, jobs.router, health.router):
+    for router in (generate.router, jobs.listing, jobs.router, events.router, health.router):
         app.include_router(router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/ui", StaticFiles(directory=UI_FOLDER))
