@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from server.api import events, generate, health, jobs
+from server.api import events, generate, health, jobs, openai
 from server.api.context import ApiContext
 from server.api.middleware import RequestGuard
 from server.api.problems import HANDLERS
@@ -20,6 +20,9 @@ from server.queue.jobs import JobQueue, open_queue
 from server.queue.upkeep import Upkeep
 
 UI_FOLDER = Path(__file__).parent / "ui"
+ROUTERS = (
+    generate.router, jobs.listing, jobs.router, events.router, openai.router, health.router,
+)  # fmt: skip
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
@@ -62,7 +65,7 @@ def create_app(
     )
     app.state.context = context
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
-    for router in (generate.router, jobs.listing, jobs.router, events.router, health.router):
+    for router in ROUTERS:
         app.include_router(router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/ui", StaticFiles(directory=UI_FOLDER))

@@ -68,11 +68,11 @@ async def generate(request: Request) -> Response:
     accepted_format = wanted_format(request)
     body = parse_generate(await read_json(request))
     output_format = _output_format(body, accepted_format)
-    idempotency = read_idempotency(request, body, output_format)
-    record = await _submit(context, body, output_format, idempotency)
+    idempotency = read_idempotency(request, body.model_dump(), output_format)
+    record = await submit(context, body, output_format, idempotency)
     if preference.wait_s > 0:
         try:
-            waited = await _wait(
+            waited = await wait_for(
                 request, context, record.id, preference.wait_s, abandon=idempotency is None
             )
         except ServerError as error:  # the job lives on; tell the caller where
@@ -106,17 +106,19 @@ def _output_format(body: GenerateBody, accepted: OutputFormat | None) -> OutputF
     return accepted
 
 
-async def _submit(
+async def submit(
     context: ApiContext,
     body: GenerateBody,
     output_format: OutputFormat,
     idempotency: Idempotency | None,
+    partial_images: int = 0,
 ) -> JobRecord:
+    """Check a body against its model, price it and queue it; an absent seed is drawn here."""
     pool, info = await promptly(find_model(context, body.model))
     check_against_model(body, info)
     cost_ms = price(body, info)
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
-    spec = job_spec(body, seed=seed, output_format=output_format)
+    spec = job_spec(body, seed=seed, output_format=output_format, partial_images=partial_images)
     submission = context.queue.submit(
         new_job_id(),
         spec,
@@ -129,7 +131,7 @@ async def _submit(
     return await promptly(submission, context.queue.confirm_s)
 
 
-async def _wait(
+async def wait_for(
     request: Request, context: ApiContext, job_id: str, wait_s: float, *, abandon: bool
 ) -> JobRecord | None:
     """Return the job when it has ended, time is up or the service stops.
@@ -145,7 +147,7 @@ async def _wait(
             return finished.result()
         if left.done():
             if abandon:
-                await _cancel_quietly(context, job_id)
+                await cancel_quietly(context, job_id)
             return None
         record = await promptly(context.queue.get(job_id))
         if record is None:
@@ -161,7 +163,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _cancel_quietly(context: ApiContext, job_id: str) -> None:
+async def cancel_quietly(context: ApiContext, job_id: str) -> None:
+    """Cancel the job of a client that has left: nobody hears whether it worked."""
     try:
         await promptly(context.queue.cancel(job_id))
         log.info("client left; job canceled", job=job_id)

@@ -90,13 +90,19 @@ def _image_headers(record: JobRecord, image: ImageRef) -> dict[str, str]:
     }
 
 
-async def image_response(context: ApiContext, record: JobRecord, index: int) -> Response:
-    """Read one picture of a finished job from the blob store. Raises NotFound if it is gone."""
+async def read_image(context: ApiContext, record: JobRecord, index: int) -> bytes:
+    """Read one picture of a job from the blob store. Raises NotFound if there is none (now)."""
     image = _image(record, str(index))
     try:
-        data = await asyncio.to_thread(context.blobs.get, image.path, image.sha256)
+        return await asyncio.to_thread(context.blobs.get, image.path, image.sha256)
     except NotFound:
         raise NotFound(f"image {index} of job {record.id} is no longer stored") from None
+
+
+async def image_response(context: ApiContext, record: JobRecord, index: int) -> Response:
+    """Answer with one picture of a job; raises as `read_image`."""
+    image = _image(record, str(index))
+    data = await read_image(context, record, index)
     headers = _image_headers(record, image)
     return Response(data, media_type=MEDIA_TYPES[image.format], headers=headers)
 

@@ -6,7 +6,8 @@ nothing. What a refused claim stored is removed again.
 
 import contextlib
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import structlog
@@ -24,6 +25,7 @@ log = structlog.get_logger(__name__)
 
 NUM_THREADS = 2
 TOO_LONG = "the parameters are too long for a {} file, which does not carry them: a PNG would"
+BEFORE_S = 30.0  # how long a finished job waits for its own partial pictures
 
 
 class Output:
@@ -59,10 +61,10 @@ class Output:
         self._pending = {future: c for future, c in self._pending.items() if not future.done()}
         return len(self._pending)
 
-    def submit(self, decoded: Decoded) -> None:
-        """Store and commit a job; returns at once."""
+    def submit(self, decoded: Decoded, before: Sequence[Future[None]] = ()) -> None:
+        """Store a job, and commit it once what comes `before` is done; returns at once."""
         self._intake.storing(decoded.job.claim)
-        future = self._threads.submit(self._finish, decoded)
+        future = self._threads.submit(self._finish, decoded, before)
         self._pending[future] = decoded.job.claim
 
     def stop(self) -> list[Claim]:
@@ -70,7 +72,7 @@ class Output:
         self._threads.shutdown(wait=False, cancel_futures=True)
         return [claim for future, claim in self._pending.items() if future.cancelled()]
 
-    def _finish(self, decoded: Decoded) -> None:
+    def _finish(self, decoded: Decoded, before: Sequence[Future[None]]) -> None:
         claim = decoded.job.claim
         try:
             images = self._store(decoded)
@@ -80,6 +82,7 @@ class Output:
             sentence = f"the picture could not be stored ({type(error).__name__})"
             self._intake.fail(claim, JobError(code="store-failed", detail=sentence), retry=True)
             return
+        wait(before, BEFORE_S)
         if not self._intake.complete(claim, result).result():
             for image in images:
                 with contextlib.suppress(OSError):
