@@ -15,7 +15,7 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from server.conversion import convert, print_facts, source_facts
-from server.generation import Wish, draw_here, draw_there
+from server.generation import ApiKey, NoParameters, ServerUrl, Wish, draw_here, draw_there
 from server.inspection import picture_facts
 from server.lora_options import LoraDir, Merged
 from server.misuse import MisuseError
@@ -189,20 +189,9 @@ def generate(
     precision: Precision = None,
     lora: Merged = None,
     lora_dir: LoraDir = None,
-    no_parameters: Annotated[
-        bool, typer.Option("--no-parameters", help="The file shall not say how it was made.")
-    ] = False,
-    url: Annotated[
-        str | None,
-        typer.Option(
-            help="Have this server draw it; --model names one of its models.",
-            show_default="in this process",
-        ),
-    ] = None,
-    api_key: Annotated[
-        str | None,
-        typer.Option(envvar="LUMINA_API_KEY", help="For --url.", show_default=False),
-    ] = None,
+    no_parameters: NoParameters = False,
+    url: ServerUrl = None,
+    api_key: ApiKey = None,
 ) -> int:
     """Draw one picture, in this process or by a server."""
     options: dict[str, object] = {

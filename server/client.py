@@ -160,7 +160,7 @@ class Client:
                     else:
                         response.read()
                         feed.refused(response)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 feed.lost(error)
             if not feed.over():
                 time.sleep(feed.pause_s)
@@ -209,7 +209,7 @@ class Client:
             self._drive(self._wire.last_word().cancel(job_id))
 
     def _drive(self, flow: Flow[T]) -> T:
-        answer: httpx.Response | httpx.TransportError | None = None
+        answer: httpx.Response | httpx.RequestError | None = None
         with contextlib.closing(flow):
             while True:
                 try:
@@ -223,7 +223,7 @@ class Client:
                     continue
                 try:
                     answer = self._http.send(wish)
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     answer = error
 
 
@@ -315,7 +315,7 @@ class AsyncClient:
                     else:
                         await response.aread()
                         feed.refused(response)
-            except httpx.TransportError as error:
+            except httpx.RequestError as error:
                 feed.lost(error)
             if not feed.over():
                 await asyncio.sleep(feed.pause_s)
@@ -365,7 +365,7 @@ class AsyncClient:
             await asyncio.shield(self._drive(self._wire.last_word().cancel(job_id)))
 
     async def _drive(self, flow: Flow[T]) -> T:
-        answer: httpx.Response | httpx.TransportError | None = None
+        answer: httpx.Response | httpx.RequestError | None = None
         with contextlib.closing(flow):
             while True:
                 try:
@@ -379,7 +379,7 @@ class AsyncClient:
                     continue
                 try:
                     answer = await self._http.send(wish)
-                except httpx.TransportError as error:
+                except httpx.RequestError as error:
                     answer = error
 
 

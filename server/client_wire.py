@@ -54,7 +54,7 @@ class Pause:
     seconds: float
 
 
-Answer = httpx.Response | httpx.TransportError
+Answer = httpx.Response | httpx.RequestError
 Flow = Generator[httpx.Request | Pause, Answer | None, T]
 
 
@@ -198,7 +198,7 @@ def pause_before_retry(answer: Answer, attempt: int) -> float | None:
     backoff = _backoff(attempt)
     if isinstance(answer, httpx.UnsupportedProtocol):
         return None
-    if isinstance(answer, httpx.TransportError):
+    if isinstance(answer, httpx.RequestError):
         return backoff
     error = error_of(answer)
     if answer.status_code not in _RETRIED or not isinstance(error, ApiError):
@@ -217,7 +217,7 @@ def _backoff(failures: int) -> float:
 
 def error_of(answer: Answer) -> ApiError | NotReachable:
     """The error of an answer that is none, or that is no success."""
-    if isinstance(answer, httpx.TransportError):
+    if isinstance(answer, httpx.RequestError):
         return NotReachable(f"the server does not answer: {str(answer) or type(answer).__name__}")
     problem = _problem(answer)
     status = answer.status_code

@@ -4,7 +4,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from server.field_options import fields_of, request_of
 from server.misuse import MisuseError
@@ -20,6 +22,20 @@ FORMATS: "dict[str, OutputFormat]" = {
     ".jpeg": "jpeg",
     ".webp": "webp",
 }
+
+NoParameters = Annotated[
+    bool, typer.Option("--no-parameters", help="The file shall not say how it was made.")
+]
+ServerUrl = Annotated[
+    str | None,
+    typer.Option(
+        help="Have this server draw it; --model names one of its models.",
+        show_default="in this process",
+    ),
+]
+ApiKey = Annotated[
+    str | None, typer.Option(envvar="LUMINA_API_KEY", help="For --url.", show_default=False)
+]
 
 
 @dataclass(frozen=True)

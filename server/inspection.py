@@ -14,11 +14,12 @@ def picture_facts(path: Path) -> list[tuple[str, str]]:
     from server.worker.content_credentials import credential_facts
     from server.worker.picture_file import read_parameters
 
+    wrong = UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError
     try:
         with Image.open(path) as picture:
             facts = [("picture", f"{picture.format}, {picture.width}x{picture.height}")]
             text = read_parameters(picture)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except wrong:
         raise ValueError(f"{path}: not a picture that can be read") from None
     credentials = credential_facts(path)
     if text is None and not credentials:
