@@ -8,20 +8,20 @@ import pytest
 from benchmarks.bench_api import ENGINE_S, Sample, arrivals, figures, measure, service
 
 
-def sample(overhead_ms, queue_ms=1.0):
-    stages = {"queue_s": queue_ms / 1000, "encode_s": 0.002, "decode_s": 0.003, "store_s": 0.004}
-    timings = stages | {"denoise_s": ENGINE_S + 0.005}
+def sample(beyond_ms):
+    """A request that took so much longer than its steps: 14 ms of it by the worker's clock."""
+    stages = {"queue_s": 0.001, "encode_s": 0.002, "decode_s": 0.003, "store_s": 0.004}
+    timings = stages | {"denoise_s": ENGINE_S + 0.004}
     timings["total_s"] = sum(timings.values())
-    return Sample(0.0, ENGINE_S + overhead_ms / 1000, timings)
+    return Sample(ENGINE_S + beyond_ms / 1000, timings)
 
 
 def test_overhead_is_what_is_not_the_engine():
-    result = figures([sample(overhead_ms=float(ms)) for ms in range(20, 120)], rate=20.0)
-    assert result["overhead_ms"] == {"p50": 70.0, "p95": 115.0, "p99": 119.0, "max": 119.0}
+    result = figures([sample(float(ms)) for ms in range(20, 120)], rate=20.0)
+    assert result["beyond_the_steps_ms"] == {"p50": 70.0, "p95": 115.0, "p99": 119.0, "max": 119.0}
+    assert result["api_and_queue_ms"] == {"p50": 61.0, "p95": 106.0, "p99": 110.0, "max": 110.0}
     parts = {name: row["p50"] for name, row in result["of_which_ms"].items()}
-    assert parts == {
-        "queue": 1, "encode": 2, "denoise": 5, "decode": 3, "store": 4, "http and waking": 55,
-    }  # fmt: skip
+    assert parts == {"queue": 1, "store": 4, "http and waking": 56}
     assert result["requests"] == 100
 
 
@@ -42,7 +42,7 @@ def test_requests_are_due_at_random_moments_of_the_rate_asked_for():
 def test_it_measures_a_service(tmp_path):
     with service(tmp_path) as (url, pids):
         samples, cpu = asyncio.run(measure(url, pids, rate=5.0, duration_s=1.5))
-    assert len(samples) >= 2
-    assert min(each.overhead_ms for each in samples) > 0
+    assert samples
+    assert min(each.api_and_queue_ms for each in samples) > 0
     assert all(each.timings["denoise_s"] >= ENGINE_S for each in samples)
     assert set(cpu) == {"api", "worker"}
