@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from server.client_types import Event, Job
     from server.progress import Bar
 
-MISSING = "lumina generate --url needs the extra `client`: pip install 'lumina-serve[client]'"
+MISSING = "lumina generate --url needs the extra `client`: pip install '.[client]'"
 
 
 class RefusedInput(ValueError):

@@ -17,7 +17,7 @@ from PIL import Image
 from server.protocol import MEDIA_TYPES, OutputFormat
 
 GENERATED = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
-MISSING = "C2PA needs the extra `c2pa`: pip install 'lumina-serve[c2pa]'"
+MISSING = "C2PA needs the extra `c2pa`: pip install '.[c2pa]'"
 
 _CURVES = {"secp256r1": b"es256", "secp384r1": b"es384", "secp521r1": b"es512"}
 

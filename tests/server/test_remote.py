@@ -112,7 +112,7 @@ def test_without_the_extra_it_says_which(
     monkeypatch.setitem(sys.modules, "server.client", None)
     argv = ["generate", "x", "-o", str(tmp_path / "a.png"), "--url", "http://127.0.0.1:1"]
     assert cli.main(argv) == 1
-    assert "pip install 'lumina-serve[client]'" in capsys.readouterr().err
+    assert "pip install '.[client]'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
