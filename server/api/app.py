@@ -12,6 +12,7 @@ from starlette.staticfiles import StaticFiles
 from server.api import events, generate, health, jobs, openai
 from server.api.context import ApiContext
 from server.api.middleware import RequestGuard
+from server.api.openapi import describe
 from server.api.problems import HANDLERS
 from server.config import Settings
 from server.queue.blobs import BlobStore
@@ -63,6 +64,7 @@ def create_app(
         redirect_slashes=False,
         redoc_url=None,
     )
+    describe(app, ROUTERS)
     app.state.context = context
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
     for router in ROUTERS:

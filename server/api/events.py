@@ -25,7 +25,9 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.answers import job_answer
 from server.api.context import ApiContext, context_of, promptly
+from server.api.examples import EVENT
 from server.api.jobs import find_job
+from server.api.openapi import QUEUE, event_stream, problems
 from server.errors import NotFound, QueueUnavailable
 from server.protocol import JobRecord
 from server.queue.connection import end_tasks
@@ -35,6 +37,9 @@ HEARTBEAT_S = 15
 SLOW_READER_S = 20.0
 LOOK_S = 20.0  # how often we say that somebody looks; it holds for a minute
 RETRY_MS = (1000, 3000)  # readers of a service that stops do not all come back at once
+EVENT_NAMES = (
+    "queued", "started", "progress", "preview", "succeeded", "failed", "canceled", "expired",
+)  # fmt: skip
 PREVIEW_MEDIA_TYPE = "image/jpeg"
 
 log = structlog.get_logger(__name__)
@@ -80,7 +85,19 @@ def goodbye(why: str) -> ServerSentEvent:
     return ServerSentEvent(comment=why, retry=random.randint(*RETRY_MS), sep="\n")
 
 
-@router.get("/events", summary="Follow a job")
+@router.get(
+    "/events",
+    response_class=Response,
+    responses=problems("not-found", "invalid-request", *QUEUE)
+    | {
+        200: {
+            "description": "Server-sent events",
+            "content": event_stream(EVENT_NAMES, EVENT),
+        },
+        204: {"description": "The job has ended, and you have its last event"},
+    },
+    summary="Follow a job",
+)
 async def get_events(
     request: Request,
     job_id: str,

@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-from typing import Any
 
 import structlog
 from fastapi import APIRouter
@@ -12,9 +11,11 @@ from starlette.responses import JSONResponse, Response
 from server.api.admission import find_model, price
 from server.api.answers import JobAnswer, job_answer
 from server.api.context import ApiContext, context_of, promptly
+from server.api.examples import BODIES, QUEUED, SUCCEEDED
 from server.api.jobs import image_response
 from server.api.negotiation import read_idempotency, read_json, read_prefer, wanted_format
-from server.api.problems import Problem, error_problem, job_problem
+from server.api.openapi import BODY, QUEUE, SUBMIT, answer, header, json_body, problems
+from server.api.problems import error_problem, job_problem
 from server.api.schemas import (
     MAX_SEED,
     GenerateBody,
@@ -33,33 +34,31 @@ CLIENT_CLOSED = 499  # never sent: the client is gone; it names the outcome in t
 log = structlog.get_logger(__name__)
 router = APIRouter()
 
-_PROBLEM: dict[str, Any] = {
-    "description": "A problem, in words",
-    "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
-}
 _IMAGE = {"schema": {"type": "string", "format": "binary"}}
-_RESPONSES: dict[int | str, dict[str, Any]] = {
+_RESPONSES = problems(*BODY, *SUBMIT, *QUEUE) | {
     200: {
         "model": JobAnswer,
         "description": "The finished job, or its single picture where Accept asks for one",
-        "content": dict.fromkeys(MEDIA_TYPES.values(), _IMAGE),
+        "content": {"application/json": {"example": SUCCEEDED}}
+        | dict.fromkeys(MEDIA_TYPES.values(), _IMAGE),
     },
-    202: {"model": JobAnswer, "description": "Accepted; follow Location"},
-    "4XX": _PROBLEM,
-    "5XX": _PROBLEM,
+    202: {"model": JobAnswer, **answer("Accepted; follow Location", QUEUED)},
 }
+_HEADERS = [
+    header("Prefer", "respond-async: 202 at once; wait=N: 202 after N seconds", "wait=10"),
+    header(
+        "Idempotency-Key",
+        "up to 255 printable characters; the same request again gets the first one's job",
+        "order-5",
+    ),
+]
 
 
 @router.post(
     "/generate",
     responses=_RESPONSES,
     summary="Draw a picture",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": GenerateBody.model_json_schema()}},
-        }
-    },
+    openapi_extra=json_body(GenerateBody, BODIES) | {"parameters": _HEADERS},
 )
 async def generate(request: Request) -> Response:
     """Draw what the body asks for; waits for the picture unless `Prefer` says otherwise."""

@@ -13,6 +13,7 @@ from server.api.admission import offers
 from server.api.answers import job_answer
 from server.api.context import ApiContext, context_of, promptly
 from server.api.events import EventStreamResponse
+from server.api.examples import IMAGE_EVENT, IMAGES, IMAGES_BODIES, MODEL
 from server.api.generate import CLIENT_CLOSED, cancel_quietly, submit, wait_for
 from server.api.jobs import read_image
 from server.api.negotiation import read_idempotency, read_json
@@ -25,7 +26,17 @@ from server.api.openai_schemas import (
     native_body,
     token_usage,
 )
-from server.api.openai_stream import ImageStream
+from server.api.openai_stream import COMPLETED, ERROR, PARTIAL, ImageStream
+from server.api.openapi import (
+    BODY,
+    QUEUE,
+    SUBMIT,
+    answer,
+    event_stream,
+    json_body,
+    openai_problems,
+    schema_of,
+)
 from server.api.problems import job_problem, problem
 from server.api.schemas import parse_body, printable
 from server.errors import NotFound, UnknownModel
@@ -36,14 +47,26 @@ TOO_LONG = "the picture was not done within {:g} s, the longest a caller may wai
 router = APIRouter(prefix="/v1")
 
 
-@router.get("/models", summary="Served models, as OpenAI lists them")
+_OFFERS = openai_problems("model-not-ready", *QUEUE)
+
+
+@router.get(
+    "/models",
+    responses=_OFFERS | {200: answer("All models", {"object": "list", "data": [MODEL]})},
+    summary="Served models, as OpenAI lists them",
+)
 async def list_models(request: Request) -> ModelList:
     """All models that workers serve now."""
     served = await promptly(offers(context_of(request)))
     return ModelList(data=[ModelAnswer(id=info.name) for _, info in served])
 
 
-@router.get("/models/{model}", summary="A served model, as OpenAI describes it")
+@router.get(
+    "/models/{model}",
+    responses=openai_problems("unknown-model", "model-not-ready", *QUEUE)
+    | {200: answer("The model", MODEL)},
+    summary="A served model, as OpenAI describes it",
+)
 async def get_model(request: Request, model: str) -> ModelAnswer:
     """One model that workers serve now."""
     served = [info.name for _, info in await promptly(offers(context_of(request)))]
@@ -52,7 +75,22 @@ async def get_model(request: Request, model: str) -> ModelAnswer:
     return ModelAnswer(id=model)
 
 
-@router.post("/images/generations", summary="Draw pictures, as OpenAI does")
+_DRAWN = {
+    "description": "The finished pictures; with `stream`, server-sent events",
+    "content": {
+        "application/json": {"schema": schema_of(ImagesAnswer), "example": IMAGES},
+        **event_stream((PARTIAL, COMPLETED, ERROR), IMAGE_EVENT),
+    },
+}
+
+
+@router.post(
+    "/images/generations",
+    response_class=Response,
+    responses=openai_problems(*BODY, *SUBMIT, "timeout", *QUEUE) | {200: _DRAWN},
+    summary="Draw pictures, as OpenAI does",
+    openapi_extra=json_body(ImagesBody, IMAGES_BODIES),
+)
 async def create_images(request: Request) -> Response:
     """Draw what the body asks for; with `stream`, unfinished pictures are sent on the way."""
     context = context_of(request)
@@ -85,11 +123,11 @@ async def _answer(
     images = list(record.result.images)
     if not images:
         raise NotFound(f"job {record.id} was erased")
-    answer = job_answer(record)
+    links = job_answer(record).images
     data = []
     for index, image in enumerate(images):
         if asked.response_format == "url":
-            url = urljoin(str(request.base_url), answer.images[index].url)
+            url = urljoin(str(request.base_url), links[index].url)
             data.append(ImageData(url=url, seed=image.seed))
         else:
             drawn = await read_image(context, record, index)

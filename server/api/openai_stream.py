@@ -28,6 +28,8 @@ from server.errors import NotFound, ServerError
 from server.protocol import JobRecord, OutputFormat
 from server.queue.events import JobEvent, NewPicture
 
+PARTIAL, COMPLETED = "image_generation.partial_image", "image_generation.completed"
+ERROR = "error"
 PARTIAL_FORMAT: OutputFormat = "jpeg"
 
 log = structlog.get_logger(__name__)
@@ -96,7 +98,7 @@ class ImageStream:
             output_format = self._record.spec.output_format
             data, size = await asyncio.to_thread(_converted, picture, output_format)
             fields = {"partial_image_index": number, **self._common(data, size, image)}
-            events.append(_event("image_generation.partial_image", fields))
+            events.append(_event(PARTIAL, fields))
         return events
 
     async def _end(self) -> AsyncGenerator[ServerSentEvent, None]:
@@ -111,7 +113,7 @@ class ImageStream:
             fields = self._common(data, f"{image.width}x{image.height}", index)
             usage = token_usage(record.result.prompt_tokens, [image])
             fields |= {"usage": usage.model_dump(), "seed": image.seed}
-            yield _event("image_generation.completed", fields)
+            yield _event(COMPLETED, fields)
 
     def _common(self, data: bytes, size: str, image: int) -> dict[str, Any]:
         return {
@@ -142,4 +144,4 @@ def _event(kind: str, fields: dict[str, Any]) -> ServerSentEvent:
 
 
 def _error(status: int, code: str, detail: str) -> ServerSentEvent:
-    return sse("error", {"type": "error", **error_object(status, code, detail)[1]})
+    return sse(ERROR, {"type": ERROR, **error_object(status, code, detail)[1]})

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import structlog
@@ -46,6 +47,23 @@ TITLES = {
     "timeout": "The picture took longer than a caller may wait",
     "internal": "Internal error",
     "http-error": "The request cannot be served",
+}
+
+
+def _tree(base: type[ServerError]) -> Iterator[type[ServerError]]:
+    yield base
+    for below in base.__subclasses__():
+        yield from _tree(below)
+
+
+# The status of every code, outside OpenAI's paths; `http-error` keeps whatever it had.
+STATUSES: dict[str, int] = {error.code: error.status for error in _tree(ServerError)} | {
+    "method-not-allowed": 405,
+    "job-canceled": 409,
+    "job-failed": 500,
+    "out-of-memory": 503,
+    "job-expired": 504,
+    "timeout": 504,
 }
 
 LONGEST_RETRY_S = 120

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import inspect
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Any
@@ -81,6 +82,26 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
                 task.exception()  # marks it as seen
 
 
+class LastAnswer:
+    """When Redis last answered anybody in this process: a slow answer among others tells of a busy
+    process, silence for all of a Redis that is away."""
+
+    def __init__(self) -> None:
+        self._at = float("-inf")
+
+    def note(self) -> None:
+        """Say that an answer came just now."""
+        self._at = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last answer; infinite before the first."""
+        return time.monotonic() - self._at
+
+
+last_answer = LastAnswer()
+
+
 async def guarded(call: Awaitable[Any]) -> Any:
     """Await a Redis call; whatever Redis or the network raises becomes QueueUnavailable.
 
@@ -96,7 +117,9 @@ async def guarded(call: Awaitable[Any]) -> Any:
         await asyncio.wait({task}, timeout=ANSWER_S)
         if not task.done():
             raise QueueUnavailable(f"the job queue does not answer within {ANSWER_S:g} s")
-        return task.result()
+        result = task.result()
+        last_answer.note()
+        return result
     except (RedisError, OSError) as error:
         raise QueueUnavailable(f"the job queue does not answer: {error}") from error
     finally:

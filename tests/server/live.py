@@ -1,11 +1,16 @@
 """The application on a real port, in this event loop: for streams, which ASGI clients swallow."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import httpx
+import structlog
 import uvicorn
 from fastapi import FastAPI
 
@@ -13,6 +18,7 @@ from server.api.app import create_app
 from server.config import Settings
 from tests.server.fake_worker import Service, running_worker, service_settings
 
+ROOT = Path(__file__).parents[2]
 LIMITS = httpx.Limits(max_connections=None)
 
 
@@ -82,3 +88,29 @@ async def read_events(response: httpx.Response) -> AsyncIterator[Sse]:
         for block in blocks:
             yield Sse(block)
     assert text == "", "a stream ends with a whole event"
+
+
+@contextmanager
+def service_process(redis_url: str, folder: Path, **changes: object) -> Iterator[str]:
+    """A live service with a fake worker in a process of its own; yields its base URL."""
+    argv = [sys.executable, "-m", "tests.server.live", redis_url, str(folder), json.dumps(changes)]
+    process = subprocess.Popen(
+        argv, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+    finally:
+        process.communicate()  # it ends with its standard input
+        assert process.returncode == 0
+
+
+async def _serve(redis_url: str, folder: str, changes: str) -> None:
+    async with live_service(redis_url, Path(folder), **json.loads(changes)) as it:
+        print(it.client.base_url, flush=True)
+        await asyncio.to_thread(sys.stdin.read)
+
+
+if __name__ == "__main__":
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    asyncio.run(_serve(*sys.argv[1:]))

@@ -8,9 +8,14 @@ local id, spec, tenant, pool, priority = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARG
 local cost, deadline, key_hash = tonumber(ARGV[7]), tonumber(ARGV[10]), ARGV[12]
 if redis.call('EXISTS', job_key(id)) == 1 then return {'exists', id, 0, 0, 0, record(id)} end
 local idem = PREFIX .. 'idem:' .. tenant .. ':' .. key_hash
+-- A key stands for its job's final answer; "not enough memory" is none, but says: come back later.
+local function stands(other)
+  local f = redis.call('HMGET', job_key(other), 'status', 'error')
+  return f[1] and not (f[1] == 'failed' and string.find(f[2] or '', '"code":"out-of-memory"', 1, true))
+end
 if key_hash ~= '' then
   local known = redis.call('HMGET', idem, 'job', 'body')
-  if known[1] and redis.call('EXISTS', job_key(known[1])) == 1 then
+  if known[1] and stands(known[1]) then
     local state = known[2] == ARGV[13] and 'exists' or 'mismatch'
     return {state, known[1], 0, 0, 0, record(known[1])}
   end
