@@ -21,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,12 @@ TARGET_MS = 50.0
 
 @dataclass(frozen=True)
 class Sample:
-    """One request: seconds from when it was due to its answer, and what the worker says of it."""
+    """One request: seconds from when it was due to its answer, and what the worker says of it, or
+    why it was refused."""
 
     seconds: float
-    timings: dict[str, float]
+    timings: dict[str, float] = field(default_factory=dict)
+    refusal: str = ""
 
     @property
     def api_and_queue_ms(self) -> float:
@@ -115,23 +118,19 @@ async def arrivals(rate: float, duration_s: float, seed: int) -> AsyncIterator[f
 
 
 async def load(client: httpx.AsyncClient, rate: float, duration_s: float) -> list[Sample]:
-    """Send at `rate` for `duration_s`; returns a sample of every request that got its picture.
+    """Send at `rate` for `duration_s`; returns a sample of every request, refused ones too."""
 
-    A refusal is printed: on an idle machine there is none.
-    """
-
-    async def one(due: float, seed: int) -> Sample | None:
+    async def one(due: float, seed: int) -> Sample:
         answer = await client.post("/generate", json={"prompt": "a red circle", "seed": seed})
         seconds = time.monotonic() - due
         if answer.status_code != 200:
-            print(f"refused: {answer.status_code} {answer.text}", file=sys.stderr)
-            return None
+            return Sample(seconds, refusal=f"{answer.status_code} {answer.json()['code']}")
         return Sample(seconds, answer.json()["timings"])
 
-    tasks: list[asyncio.Task[Sample | None]] = []
+    tasks: list[asyncio.Task[Sample]] = []
     async for due in arrivals(rate, duration_s, seed=7):
         tasks.append(asyncio.create_task(one(due, len(tasks))))
-    return [sample for sample in await asyncio.gather(*tasks) if sample is not None]
+    return await asyncio.gather(*tasks)
 
 
 def cpu_s(pid: int) -> float:
@@ -160,15 +159,21 @@ async def measure(
         return samples, {name: round(ms / len(samples), 2) for name, ms in used.items()}
 
 
-def figures(samples: list[Sample], rate: float) -> dict[str, Any]:
-    """Percentiles of what was spent outside the engine, and on what."""
+def figures(all_samples: list[Sample], rate: float) -> dict[str, Any]:
+    """Percentiles of what was spent outside the engine, and on what; refusals by their reason.
+
+    Percentiles are those of the requests that were served: with any refusal they say little.
+    """
+    samples = [sample for sample in all_samples if not sample.refusal]
+    refused = Counter(sample.refusal for sample in all_samples if sample.refusal)
     parts = {
         "queue": [1000 * sample.timings["queue_s"] for sample in samples],
         "store": [1000 * sample.timings["store_s"] for sample in samples],
         "http and waking": [sample.http_ms for sample in samples],
     }
     return {
-        "requests": len(samples),
+        "requests": len(all_samples),
+        "refused": dict(refused),
         "requests_per_s": rate,
         "engine_ms": 1000 * ENGINE_S,
         "step_ms": 1000 * STEP_S,
@@ -202,6 +207,8 @@ def main() -> None:
         f"{result['requests']} requests at {options.rate:g}/s, engine {1000 * ENGINE_S:g} ms "
         f"(load before {load_avg['before']}, after {load_avg['after']})"
     )
+    if result["refused"]:
+        print(f"REFUSED, so the figures say little: {result['refused']}")
     parts = {f"  {name}": row for name, row in result["of_which_ms"].items()}
     rows = {"API and queue": result["api_and_queue_ms"], **parts}
     rows["beyond the steps"] = result["beyond_the_steps_ms"]

@@ -17,12 +17,13 @@ def sample(beyond_ms):
 
 
 def test_overhead_is_what_is_not_the_engine():
-    result = figures([sample(float(ms)) for ms in range(20, 120)], rate=20.0)
+    refused = Sample(9.0, refusal="503 queue-full")
+    result = figures([refused, *(sample(float(ms)) for ms in range(20, 120))], rate=20.0)
     assert result["beyond_the_steps_ms"] == {"p50": 70.0, "p95": 115.0, "p99": 119.0, "max": 119.0}
     assert result["api_and_queue_ms"] == {"p50": 61.0, "p95": 106.0, "p99": 110.0, "max": 110.0}
     parts = {name: row["p50"] for name, row in result["of_which_ms"].items()}
     assert parts == {"queue": 1, "store": 4, "http and waking": 56}
-    assert result["requests"] == 100
+    assert (result["requests"], result["refused"]) == (101, {"503 queue-full": 1})
 
 
 def test_requests_are_due_at_random_moments_of_the_rate_asked_for():
@@ -42,7 +43,8 @@ def test_requests_are_due_at_random_moments_of_the_rate_asked_for():
 def test_it_measures_a_service(tmp_path):
     with service(tmp_path) as (url, pids):
         samples, cpu = asyncio.run(measure(url, pids, rate=5.0, duration_s=1.5))
-    assert samples
-    assert min(each.api_and_queue_ms for each in samples) > 0
-    assert all(each.timings["denoise_s"] >= ENGINE_S for each in samples)
+    served = [each for each in samples if not each.refusal]
+    assert served
+    assert min(each.api_and_queue_ms for each in served) > 0
+    assert all(each.timings["denoise_s"] >= ENGINE_S for each in served)
     assert set(cpu) == {"api", "worker"}
