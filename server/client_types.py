@@ -111,6 +111,7 @@ class Job(_Answer):
     status: Status
     error: JobError | None = None
     position: int | None = None
+    estimated_start: str | None = None
     step: int = 0
     total: int = 0
     attempt: int = 0

@@ -212,7 +212,8 @@ class JobRecord(_Message):
 
     `position` is 1 for the next of the queued jobs in its pool, None unless queued. `step` of
     `total` is the progress of the current attempt. `expires_ms` is set once the job has ended.
-    `retry_of` names the dead job that this one repeats.
+    `retry_of` names the dead job that this one repeats. `start_ms` is when a queued job may start,
+    by the estimated costs of those before it.
     """
 
     id: str
@@ -235,6 +236,7 @@ class JobRecord(_Message):
     result: JobResult | None
     deadline_ms: int | None = None
     retry_of: str | None = None
+    start_ms: int | None = None
 
     @property
     def finished(self) -> bool:

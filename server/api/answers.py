@@ -52,6 +52,9 @@ class JobAnswer(BaseModel):
     status: JobStatus
     error: ErrorAnswer | None
     position: int | None = Field(description="1 = next of the queued jobs; null unless queued")
+    estimated_start: str | None = Field(
+        description="by the estimated costs of the jobs before it; null unless queued"
+    )
     step: int
     total: int = Field(description="steps of this job; 0 until a worker has prepared it")
     attempt: int
@@ -99,6 +102,7 @@ def job_answer(record: JobRecord) -> JobAnswer:
         status=record.status,
         error=ErrorAnswer(code=error.code, detail=error.detail) if error else None,
         position=record.position,
+        estimated_start=_when(record.start_ms),
         step=record.step,
         total=record.total,
         attempt=record.attempts,

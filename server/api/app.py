@@ -11,7 +11,7 @@ from starlette.staticfiles import StaticFiles
 
 from server.api import events, generate, health, jobs, openai
 from server.api.context import ApiContext
-from server.api.middleware import RequestGuard
+from server.api.middleware import RequestGuard, WholeAnswers
 from server.api.openapi import describe
 from server.api.problems import HANDLERS
 from server.config import Settings
@@ -21,6 +21,7 @@ from server.queue.jobs import JobQueue, open_queue
 from server.queue.upkeep import Upkeep
 
 UI_FOLDER = Path(__file__).parent / "ui"
+REFERENCE_FOLDER = Path(__file__).parent / "reference"
 ROUTERS = (
     generate.router, jobs.listing, jobs.router, events.router, openai.router, health.router,
 )  # fmt: skip
@@ -62,20 +63,28 @@ def create_app(
         lifespan=_lifespan(context, owns_queue=queue is None),
         exception_handlers=HANDLERS,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's own page is loaded from other servers
         redoc_url=None,
     )
     describe(app, ROUTERS)
     app.state.context = context
+    app.add_middleware(WholeAnswers)
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
     for router in ROUTERS:
         app.include_router(router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/ui", StaticFiles(directory=UI_FOLDER))
+    app.add_api_route("/docs", _reference, include_in_schema=False)
+    app.mount("/docs", StaticFiles(directory=REFERENCE_FOLDER))
     return app
 
 
 async def _page() -> FileResponse:
     return FileResponse(UI_FOLDER / "index.html", headers=PAGE_HEADERS)
+
+
+async def _reference() -> FileResponse:
+    return FileResponse(REFERENCE_FOLDER / "index.html", headers=PAGE_HEADERS)
 
 
 def _lifespan(

@@ -35,6 +35,7 @@ QUEUED: dict[str, Any] = {
     "status": "queued",
     "error": None,
     "position": 1,
+    "estimated_start": "2026-11-07T09:30:00.400Z",
     "step": 0,
     "total": 0,
     "attempt": 0,
@@ -56,6 +57,7 @@ QUEUED: dict[str, Any] = {
 SUCCEEDED: dict[str, Any] = QUEUED | {
     "status": "succeeded",
     "position": None,
+    "estimated_start": None,
     "step": 30,
     "total": 30,
     "attempt": 1,
@@ -87,6 +89,7 @@ SUCCEEDED: dict[str, Any] = QUEUED | {
 CANCELED: dict[str, Any] = QUEUED | {
     "status": "canceled",
     "position": None,
+    "estimated_start": None,
     "finished_at": "2026-11-07T09:30:00.100Z",
     "expires_at": "2026-11-08T09:30:00.100Z",
 }

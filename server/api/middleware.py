@@ -88,3 +88,19 @@ class RequestGuard:
             await error_problem(scope, error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+
+class WholeAnswers:
+    """ASGI middleware that ignores Range headers, as a server may: what is served is small, and
+    Starlette would answer malformed ones in plain text.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on without its Range header."""
+        if scope["type"] == "http":
+            kept = [(name, value) for name, value in scope["headers"] if name != b"range"]
+            scope = {**scope, "headers": kept}
+        await self._app(scope, receive, send)

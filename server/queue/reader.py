@@ -41,11 +41,11 @@ class JobReader(RedisLine):
     @staticmethod
     def read_record(job_id: str, found: list[Any]) -> JobRecord | None:
         """Read what the scripts say of a job; None if there is none."""
-        flat, rank = found
+        flat, rank, start_ms = found
         if not flat:
             return None
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
-        return record_of(job_id, fields, None if rank is None else rank + 1)
+        return record_of(job_id, fields, None if rank is None else rank + 1, start_ms)
 
     async def list_jobs(
         self,

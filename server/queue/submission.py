@@ -102,12 +102,13 @@ class FrontDoor(DurableLine, JobReader):
             record = self.read_record(answer[1], found)
             assert record is not None, answer[1]
             return record
-        now, rank = found
+        now, rank, start_ms = found
         return JobRecord(
             id=job_id, status="queued", tenant=tenant, pool=pool, priority=priority, spec=spec,
             step=0, total=0, position=rank + 1, attempts=0, claim_no=0, worker=None,
             submitted_ms=now, started_ms=None, finished_ms=None, expires_ms=None, error=None,
             result=None, deadline_ms=now + deadline_ms if deadline_ms else None,
+            start_ms=start_ms,
         )  # fmt: skip
 
     async def _check_memory(self) -> None:

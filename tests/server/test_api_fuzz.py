@@ -5,6 +5,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.chaos.fuzz_row import draw
 from tests.server.fuzzing import fuzz_anything, fuzz_documented
 from tests.server.live import service_process
 
@@ -13,11 +14,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 def test_the_documented_api_keeps_its_word(redis_url: str, tmp_path: Path) -> None:
     with service_process(redis_url, tmp_path, sync_timeout=2.0) as base_url:
-        body = {"prompt": "x", "num_images": 2}
-        jobs = [
-            httpx.post(f"{base_url}/generate", json=body, timeout=30, trust_env=False).json()["id"]
-            for _ in range(5)
-        ]
+        jobs = [draw(base_url) for _ in range(3)]
         assert fuzz_documented(base_url, 5, 7, jobs) >= 14
         assert httpx.get(f"{base_url}/readyz", trust_env=False).status_code == 200
 

@@ -1,6 +1,8 @@
 """The OpenAPI document: complete, with examples that hold, and every error has its section."""
 
+import asyncio
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from pydantic import BaseModel
 
 from server.api import examples
 from server.api.answers import JobAnswer
-from server.api.app import create_app
+from server.api.app import REFERENCE_FOLDER, create_app
 from server.api.health import Offer
 from server.api.jobs import JobList
 from server.api.openai_errors import OpenAIError
@@ -18,6 +20,8 @@ from server.api.openai_schemas import ImagesAnswer, ImagesBody, ModelAnswer, nat
 from server.api.problems import STATUSES, TITLES, TYPE_PREFIX, Problem
 from server.api.schemas import GenerateBody, parse_body, parse_generate
 from server.config import Settings
+from tests.server.fake_worker import service
+from tests.server.live import service_process
 
 ROOT = Path(__file__).parents[2]
 ERRORS = ROOT / "docs" / "errors.md"
@@ -131,3 +135,47 @@ def test_the_app_keeps_its_document(document: dict[str, Any], tmp_path: Path) ->
     app: FastAPI = create_app(Settings(data_dir=tmp_path))
     assert app.openapi() is app.openapi()
     assert app.openapi() == document
+
+
+def test_the_reference_page_needs_nothing_from_elsewhere(redis_url: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with service(redis_url, tmp_path, worker=False) as it:
+            page = await it.client.get("/docs")
+            assert page.headers["content-type"].startswith("text/html")
+            assert "default-src 'self'" in page.headers["content-security-policy"]
+            linked = re.findall(r'(?:src|href)="(/[^"]*)"', page.text)
+            assert {"/docs/reference.js", "/docs/reference.css", "/openapi.json"} <= set(linked)
+            for path in linked:
+                assert (await it.client.get(path)).status_code == 200, path
+            assert (await it.client.get("/docs/nothing")).status_code == 404
+
+    asyncio.run(scenario())
+    for file in REFERENCE_FOLDER.iterdir():
+        text = file.read_text()
+        assert not re.search(r"https?:|//[a-z]+\.", text), file
+        assert "innerHTML" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="there is no Chromium")
+def test_the_reference_page_shows_every_endpoint(
+    redis_url: str, tmp_path: Path, document: dict[str, Any]
+) -> None:
+    from playwright.sync_api import sync_playwright
+
+    with service_process(redis_url, tmp_path) as base_url, sync_playwright() as browsers:
+        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        browser = browsers.chromium.launch(executable_path=shutil.which("chromium"), args=options)
+        page = browser.new_page()
+        errors: list[str] = []
+        foreign: list[str] = []
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda r: r.url.startswith(base_url) or foreign.append(r.url))
+        page.goto(f"{base_url}/docs")
+        page.wait_for_selector("section")
+        shown = page.locator("section > h2").all_text_contents()
+        browser.close()
+    assert sorted(shown) == sorted(
+        f"{name.split(' ')[0].upper()} {name.split(' ')[1]}" for name, _ in operations(document)
+    )
+    assert errors == foreign == []

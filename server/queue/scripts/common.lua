@@ -162,13 +162,26 @@ local function bury(id, error)
   return finish(id, 'failed', DEAD_TTL, 'error', error)
 end
 
--- What is known of a job: its fields as a flat list, and its place among the queued, if it is.
+-- When the queued job of this rank may start: the work before it in submit order, shared by the workers.
+local function start_of(pool, rank)
+  local total, work = 0, redis.call('HVALS', pool_key('work', pool))
+  for i = 1, #work do total = total + tonumber(work[i]) end
+  local depth = math.max(1, redis.call('ZCARD', pool_key('queued', pool)))
+  local workers = redis.call('ZCOUNT', pool_key('workers', pool), now - DRAIN_TTL, '+inf')
+  return now + math.floor(total * rank / depth / math.max(1, workers))
+end
+
+-- What is known of a job: its fields as a flat list, and its place among the queued with the time it may
+-- start, if it is.
 local function record(id)
-  local fields, rank = redis.call('HGETALL', job_key(id)), false
+  local fields, rank, start = redis.call('HGETALL', job_key(id)), false, false
   for i = 1, #fields, 2 do
-    if fields[i] == 'pool' then rank = redis.call('ZRANK', pool_key('queued', fields[i + 1]), id) end
+    if fields[i] == 'pool' then
+      rank = redis.call('ZRANK', pool_key('queued', fields[i + 1]), id)
+      if rank then start = start_of(fields[i + 1], rank) end
+    end
   end
-  return {fields, rank}
+  return {fields, rank, start}
 end
 
 local function late(deadline_ms) return deadline_ms and tonumber(deadline_ms) <= now end

@@ -2,7 +2,7 @@
 --   deadline (ms from now, 0: none), lease ms, hash of the idempotency key ('': none), of the body,
 --   ttl of results, jobs a day (0: any), webhook ('': none), watched ('1': previews are asked for)
 -- Gives {state, job id, logical time, estimated wait ms, queued work ms per worker, found}: `found` is
---   the record of a job that exists, {now, rank} of a new one.
+--   the record of a job that exists, {now, rank, estimated start} of a new one.
 -- A job that exists already is left as it is: repeating a submission is safe.
 local id, spec, tenant, pool, priority = ARGV[2], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local cost, deadline, key_hash = tonumber(ARGV[7]), tonumber(ARGV[10]), ARGV[12]
@@ -57,4 +57,4 @@ if key_hash ~= '' then
   redis.call('HSET', idem, 'job', id, 'body', ARGV[13])
   redis.call('PEXPIRE', idem, IDEM_TTL)
 end
-return {'queued', id, seq, wait, each, {now, depth}}
+return {'queued', id, seq, wait, each, {now, depth, start_of(pool, depth)}}
