@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue chaos lint
+.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue bench-api chaos lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    --index-url "$$LUMINA_TORCH_INDEX" "$$(sed -n '/^torch==/p' constraints.txt)"; \
 	fi
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check \
-	  -e '.[api,worker,train,gpu,dev]'
+	  -e '.[api,worker,train,gpu,client,c2pa,dev]'
 	@touch $@
 
 serve: $(STAMP) ## run Redis, a worker and the API with the bundled checkpoint (ARGS="--port 8080")
@@ -68,6 +68,9 @@ bench-scheduler: $(STAMP) ## FIFO, round-robin and our policy in simulated time 
 
 bench-queue: $(STAMP) ## jobs a second through the queue without a model, and what each call costs
 	$(BIN)/python -m benchmarks.bench_queue $(ARGS)
+
+bench-api: $(STAMP) ## what API and queue add to a picture, at 20 requests a second (about 70 s)
+	$(BIN)/python -m benchmarks.bench_api $(ARGS)
 
 chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kill redis" for some)
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 misuse. Errors are one line on stderr, a traceba
 
 import logging
 import sys
-from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,26 +15,18 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from server.conversion import convert, print_facts, source_facts
-from server.field_options import request_of
+from server.generation import ApiKey, NoParameters, ServerUrl, Wish, draw_here, draw_there
 from server.inspection import picture_facts
 from server.key_commands import keys_app
 from server.lora_options import LoraDir, Merged
+from server.misuse import MisuseError
 from server.operate import dead_app, epoch_app
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from server.config import Settings
-    from server.protocol import OutputFormat
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
 WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # the last four only to refuse them
-FORMATS: "dict[str, OutputFormat]" = {
-    ".png": "png",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".webp": "webp",
-}
 
 app = typer.Typer(
     name="lumina",
@@ -49,10 +40,6 @@ app = typer.Typer(
 app.add_typer(dead_app, name="dead")
 app.add_typer(epoch_app, name="epoch")
 app.add_typer(keys_app, name="keys")
-
-
-class MisuseError(Exception):
-    """Options that cannot be: the command ends with exit code 2."""
 
 
 Model = Annotated[
@@ -204,12 +191,12 @@ def generate(
     precision: Precision = None,
     lora: Merged = None,
     lora_dir: LoraDir = None,
+    no_parameters: NoParameters = False,
+    url: ServerUrl = None,
+    api_key: ApiKey = None,
 ) -> int:
-    """Draw one picture in this process, without a server."""
-    folder = _checkpoint_folder(model)
-    image_format = _image_format(output)
-    settings = _settings(precision=precision, lora_dir=lora_dir)
-    options = {
+    """Draw one picture, in this process or by a server."""
+    options: dict[str, object] = {
         "seed": seed,
         "preset": preset,
         "width": width,
@@ -218,26 +205,18 @@ def generate(
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
     }
-    try:
-        request = request_of(prompt, more or [], options)
-    except ValueError as error:
-        raise MisuseError(str(error)) from None
+    here_only = {"--precision": precision, "--lora": lora, "--lora-dir": lora_dir}
+    if url is not None:
+        for option in (name for name, value in here_only.items() if value is not None):
+            raise MisuseError(f"{option} is for drawing in this process, not with --url")
+        options["model"] = str(model) if model else None
+    wish = Wish(prompt, output, options, more or [], embed_parameters=not no_parameters)
+    if url is not None:
+        draw_there(wish, url, api_key)
+        return 0
+    folder = _checkpoint_folder(model)
     _quiet_libraries()
-    from server.worker.local import Drawing
-
-    drawing = Drawing(
-        folder, settings.precision, merged_loras=lora or (), lora_dir=settings.lora_dir
-    )
-    try:
-        drawing.prepare(request)
-    except ValueError as error:
-        raise MisuseError(str(error)) from None
-    with _progress_bar(drawing.state.num_steps) as advance:
-        data = drawing.draw(image_format, advance)
-    output.write_bytes(data)
-    for warning in drawing.state.warnings:
-        print(f"lumina: warning: {warning}", file=sys.stderr)
-    print(f"{output}: {drawing.summary}")
+    draw_here(wish, folder, _settings(precision=precision, lora_dir=lora_dir), lora or ())
     return 0
 
 
@@ -304,34 +283,6 @@ def _settings(**options: object) -> "Settings":
         return load_settings(**options)
     except SettingsError as error:
         raise MisuseError(str(error)) from None
-
-
-def _image_format(output: Path) -> "OutputFormat":
-    image_format = FORMATS.get(output.suffix.lower())
-    if image_format is None:
-        raise MisuseError(f"--output {output} must end in {', '.join(FORMATS)}")
-    if not output.parent.is_dir():
-        raise MisuseError(f"--output {output}: there is no folder {output.parent}")
-    return image_format
-
-
-@contextmanager
-def _progress_bar(total: int) -> "Iterator[Callable[[], None]]":
-    """Yield a function to call after each step; the bar shows on a terminal only."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("drawing", total=total)
-        yield lambda: progress.advance(task)
 
 
 def _fail(message: str, code: int) -> int:

@@ -15,8 +15,8 @@ SECRET_PREFIX = "whsec_"
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Variables of the build and of the model library, read elsewhere.
-FOREIGN_VARIABLES = frozenset({"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION"})
+# Variables of the build, the model library and the command line, read elsewhere.
+FOREIGN_VARIABLES = frozenset({"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION", "LUMINA_API_KEY"})
 
 
 class SettingsError(ValueError):
@@ -99,6 +99,12 @@ class Settings(BaseSettings):
 
     lora_dir: Path | None = None
     """Folder of LoRA files that requests may name."""
+
+    c2pa_cert: Path | None = None
+    """PEM chain of the certificate that signs pictures with C2PA content credentials."""
+
+    c2pa_key: Path | None = None
+    """PEM private key of `c2pa_cert`."""
 
     @field_validator("warmup_sizes")
     @classmethod

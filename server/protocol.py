@@ -99,7 +99,8 @@ class JobSpec(_Message):
     """What to draw. None means: the preset, then the checkpoint, decides. The seed is always set.
 
     The fields that concern the picture are named as in `model.GenerationRequest`. `partial_images`
-    is how many unfinished pictures the caller wants to see of each.
+    is how many unfinished pictures the caller wants to see of each; `embed_parameters` whether the
+    file says how it was made.
     """
 
     prompt: str
@@ -129,6 +130,7 @@ class JobSpec(_Message):
     partial_images: int = 0
     output_format: OutputFormat = "png"
     quality: int | None = None
+    embed_parameters: bool = True
     metadata: dict[str, Any] | None = None
 
     @classmethod

@@ -173,6 +173,9 @@ class GenerateBody(BaseModel):
     quality: int | None = Field(
         None, ge=1, le=100, description="a whole number from 1 to 100 (for jpeg and webp)"
     )
+    embed_parameters: bool | None = Field(
+        None, description="true or false: whether the file says how it was made (true)"
+    )
     priority: Priority | None = Field(None, description="'low', 'normal' or 'high'")
     deadline_s: float | None = Field(
         None,

@@ -21,6 +21,7 @@ from server.queue.blobs import BlobStore
 from server.queue.jobs import Claim, open_queue
 from server.scheduler.budget import StepBudget
 from server.scheduler.scheduler import Capacity, Scheduler, StepBatch
+from server.worker.content_credentials import open_credentials
 from server.worker.engine import Decoded, Engine, Failure
 from server.worker.intake import Arrival, Inbox, Intake
 from server.worker.loading import LoadedModel, load_model
@@ -193,6 +194,7 @@ def run_worker(
         signal.signal(number, lambda *_: _leave_at_once())
     started = time.monotonic()
     try:
+        credentials = open_credentials(settings.c2pa_cert, settings.c2pa_key)
         model = load(model_dir, settings.precision)
         pulse = Pulse()
         # Refuses what no part alone can see, such as an impossible default. Its stages are the
@@ -210,7 +212,9 @@ def run_worker(
     load_s = round(time.monotonic() - started, 2)
     log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s, **model.arithmetic)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
-    worker = _make_worker(settings, model, warm, intake, pulse)
+    blobs = BlobStore(settings.blob_store_url)
+    output = Output(intake, blobs, info.name, info.hash, credentials)
+    worker = _make_worker(settings, model, warm, intake, pulse, output)
     _stop_on_signals(worker)
     intake.start(info)
     worker.run(settings.drain_s)
@@ -219,7 +223,12 @@ def run_worker(
 
 
 def _make_worker(
-    settings: Settings, model: LoadedModel, warm: WarmUp, intake: Intake, pulse: Pulse
+    settings: Settings,
+    model: LoadedModel,
+    warm: WarmUp,
+    intake: Intake,
+    pulse: Pulse,
+    output: Output,
 ) -> Worker:
     """A worker whose scheduler knows what the warm-up measured."""
     costs = {"cost": dataclasses.asdict(warm.cost), "memory": dataclasses.asdict(warm.memory)}
@@ -229,7 +238,6 @@ def _make_worker(
         max_step_tokens=settings.max_step_tokens,
         budget=StepBudget(settings.max_step_tokens, warm.cost, warm.memory),
     )
-    output = Output(intake, BlobStore(settings.blob_store_url), warm.info.name, warm.info.hash)
     engine = Engine(model.pipeline, pulse.beat, scheduler.out_of_memory)
     return Worker(scheduler, engine, intake, output, pulse, model.painter)
 

@@ -17,7 +17,6 @@ from PIL import Image
 
 from model import GenerationRequest, load_pipeline
 from tests.model.conftest import max_difference
-from tests.server.embedded.test_service import Service
 from trainer.demo.judge import Expected, ExpectedGroup, judge
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
@@ -27,14 +26,9 @@ EXPECTED = Expected((ExpectedGroup(3, "star", "yellow"),))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    running = Service(DEMO, tmp_path_factory.mktemp("serve") / "data")
-    running.wait_ready()
-    yield running
-    running.process.terminate()
-    running.process.wait(40)
-    running.end()
+@pytest.fixture
+def service(demo_service):
+    return demo_service
 
 
 def post_for_png(service, body):

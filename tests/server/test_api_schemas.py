@@ -109,6 +109,13 @@ def test_the_price_counts_the_evaluations_the_model_will_make(
     assert evaluations(parse_generate({"prompt": "x", **fields}), info) == sampler.num_evaluations
 
 
+def test_a_picture_says_how_it_was_made_unless_the_body_says_otherwise() -> None:
+    for value, expected in ((None, True), (True, True), (False, False)):
+        given = {} if value is None else {"embed_parameters": value}
+        spec = job_spec(parse_generate({"prompt": "x", **given}), seed=0, output_format="png")
+        assert JobSpec.from_json(spec.to_json()).embed_parameters is expected
+
+
 def test_what_every_step_costs_is_not_multiplied_by_pixels() -> None:
     size = {"width": MODEL.default_width, "height": MODEL.default_height}
     info = dataclasses.replace(MODEL, step_cost_ms=100.0, step_fixed_ms=60.0)
