@@ -3,30 +3,19 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 
 from fastapi import FastAPI
-from starlette.responses import FileResponse
-from starlette.staticfiles import StaticFiles
 
-from server.api import generate, health, jobs
+from server.api import generate, health, jobs, state
 from server.api.context import ApiContext
 from server.api.middleware import RequestGuard
+from server.api.page import add_page
 from server.api.problems import HANDLERS
 from server.config import Settings
 from server.queue.blobs import BlobStore
 from server.queue.connection import end_tasks
 from server.queue.jobs import JobQueue, open_queue
 from server.queue.upkeep import Upkeep
-
-UI_FOLDER = Path(__file__).parent / "ui"
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 def create_app(
@@ -62,15 +51,10 @@ def create_app(
     )
     app.state.context = context
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
-    for router in (generate.router, jobs.router, health.router):
+    for router in (generate.router, jobs.router, health.router, state.router):
         app.include_router(router)
-    app.add_api_route("/", _page, include_in_schema=False)
-    app.mount("/ui", StaticFiles(directory=UI_FOLDER))
+    add_page(app)
     return app
-
-
-async def _page() -> FileResponse:
-    return FileResponse(UI_FOLDER / "index.html", headers=PAGE_HEADERS)
 
 
 def _lifespan(
