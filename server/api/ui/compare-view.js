@@ -2,7 +2,7 @@
 import { $, choose, chosen, el, seconds } from "./dom.js";
 import { difference } from "./difference.js";
 import { picture } from "./picture.js";
-import { STAGES, showWarnings, stepsText } from "./result.js";
+import { showWarnings, stepsText } from "./result.js";
 
 const VIEWS = [["side", "Side by side"], ["slider", "Slider"], ["difference", "Difference"]];
 const GAIN = 4;
@@ -66,7 +66,7 @@ function table(entries, labels, apart) {
     const [a, b] = times.map((time) => time[name]);
     return a > 0.0005 && b > 0.0005 ? `${(a / b).toFixed(2)}×` : "";
   };
-  const rows = STAGES.filter((stage) => stage === "denoise" || stage === "decode").map((stage) =>
+  const rows = ["denoise", "decode", "total"].map((stage) =>
     row(stage, times.map((time) => seconds(time[`${stage}_s`] ?? 0)), faster(`${stage}_s`)));
   const steps = entries.map((entry) => (entry.steps ? stepsText(entry.steps) : ""));
   const nfe = entries.map((entry) => entry.steps?.nfe ?? "");

@@ -2,25 +2,22 @@
 import { $, el } from "./dom.js";
 
 const EXAMPLES = [
-  ["en", "English", "a red circle above a blue square"],
-  ["en", "English", "three yellow stars"],
-  ["de", "Deutsch", "ein roter Kreis über einem blauen Quadrat"],
-  ["zh", "中文", "一个红色圆形在一个蓝色正方形上面"],
-  ["ja", "日本語", "青い正方形の上に赤い円"],
-  ["ru", "Русский", "красный круг над синим квадратом"],
+  ["en", "English", ["a red circle above a blue square", "three yellow stars", "a purple diamond"]],
+  ["de", "Deutsch", ["ein roter Kreis über einem blauen Quadrat", "drei gelbe Sterne"]],
+  ["zh", "中文", ["一个红色圆形在一个蓝色正方形上面", "三颗黄色的星星"]],
+  ["ja", "日本語", ["青い正方形の上に赤い円", "三つの黄色い星"]],
+  ["ru", "Русский", ["красный круг над синим квадратом", "три жёлтые звезды"]],
 ];
 
-/** Buttons that put an example in the prompt. */
+/** A button for each language; each click puts its next example in the prompt. */
 export function addExamples(onChoose) {
-  let last = "";
-  for (const [lang, language, text] of EXAMPLES) {
-    const name = language === last ? "…" : language;
-    last = language;
+  for (const [lang, language, texts] of EXAMPLES) {
     const button = el("button", {
-      type: "button", textContent: name === "…" ? "another" : name, title: text, lang,
-      attrs: { "aria-label": `${language}: ${text}` },
+      type: "button", textContent: language, title: texts.join("\n"), lang,
+      attrs: { "aria-label": `Example in ${language}` },
     });
-    button.addEventListener("click", () => onChoose(text));
+    let next = 0;
+    button.addEventListener("click", () => onChoose(texts[next++ % texts.length]));
     $("examples").append(button);
   }
 }

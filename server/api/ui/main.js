@@ -91,6 +91,7 @@ async function occupy(work) {
   showWarnings([]);
   $("report").replaceChildren();
   startProgress($("frame"), "Progress of the picture");
+  $("frame").scrollIntoView({ block: "nearest" });
   try {
     await work();
   } catch (error) {

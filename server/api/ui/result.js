@@ -2,7 +2,7 @@
 import { $, el, seconds, show } from "./dom.js";
 import { fileName, picture } from "./picture.js";
 
-export const STAGES = ["queue", "encode", "denoise", "decode", "store"];
+const STAGES = ["queue", "encode", "denoise", "decode", "store"];
 
 export function showWarnings(warnings) {
   $("warnings").replaceChildren(...warnings.map((text) => el("li", { textContent: text })));
@@ -79,10 +79,10 @@ function facts(entry) {
     ["model", entry.model],
     ["job", entry.id],
   ];
-  const list = el("dl", { className: "facts" });
+  const list = el("dl", { className: "facts tiles" });
   for (const [name, value] of rows) {
     if (value === undefined || value === null || value === 0) continue;
-    list.append(el("dt", { textContent: name }), el("dd", { textContent: value }));
+    list.append(el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: value })));
   }
   return list;
 }
