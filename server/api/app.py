@@ -6,7 +6,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 
-from server.api import generate, health, jobs, state
+from server.api import events, generate, health, jobs, state
 from server.api.context import ApiContext
 from server.api.middleware import RequestGuard
 from server.api.page import add_page
@@ -51,7 +51,9 @@ def create_app(
     )
     app.state.context = context
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
-    for router in (generate.router, jobs.router, health.router, state.router):
+    for router in (
+        generate.router, jobs.listing, jobs.router, events.router, health.router, state.router,
+    ):  # fmt: skip
         app.include_router(router)
     add_page(app)
     return app

@@ -1,9 +1,12 @@
-"""`/jobs/{id}`: what became of a job, its pictures, and its end by the caller's wish."""
+"""`/jobs`: what became of jobs, their pictures, and their end by the caller's wish."""
 
 import asyncio
 import time
+from typing import Annotated
+from urllib.parse import urlencode
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -11,13 +14,27 @@ from server.api.answers import JobAnswer, job_answer
 from server.api.context import ApiContext, context_of, promptly
 from server.api.schemas import printable
 from server.errors import NotFound
-from server.protocol import DEFAULT_TENANT, MEDIA_TYPES, ImageRef, JobRecord, is_job_id
+from server.protocol import (
+    DEFAULT_TENANT,
+    MEDIA_TYPES,
+    ImageRef,
+    JobRecord,
+    JobStatus,
+    is_job_id,
+)
+from server.queue.erasure import erase
+
+PAGE = 20
+MAX_PAGE = 100
+LIST_S = 4.0  # a page of a long list takes many questions
+ERASE_S = 10.0  # removing pictures may reach another server
 
 router = APIRouter(prefix="/jobs/{job_id}")
+listing = APIRouter()
 
 
-async def _find(context: ApiContext, job_id: str) -> JobRecord:
-    """The caller's job; raises NotFound for any other."""
+async def find_job(context: ApiContext, job_id: str) -> JobRecord:
+    """Return the caller's job; raises NotFound for any other."""
     record = await promptly(context.queue.get(job_id)) if is_job_id(job_id) else None
     if record is None or record.tenant != DEFAULT_TENANT:
         raise _no_job(job_id)
@@ -31,7 +48,7 @@ def _no_job(job_id: str) -> NotFound:
 @router.get("", response_model=JobAnswer, summary="What became of a job")
 async def get_job(request: Request, job_id: str) -> Response:
     """Status, queue position, step i of n, timings and pictures of a job."""
-    record = await _find(context_of(request), job_id)
+    record = await find_job(context_of(request), job_id)
     headers = {"Cache-Control": "no-store"}
     return JSONResponse(job_answer(record).model_dump(), headers=headers)
 
@@ -40,7 +57,7 @@ async def get_job(request: Request, job_id: str) -> Response:
 async def get_image(request: Request, job_id: str, index: str) -> Response:
     """The bytes of one picture; its ETag is their sha256."""
     context = context_of(request)
-    record = await _find(context, job_id)
+    record = await find_job(context, job_id)
     image = _image(record, index)
     wanted = request.headers.get("if-none-match", "")
     tags = {tag.strip().removeprefix("W/") for tag in wanted.split(",")}
@@ -75,8 +92,7 @@ def _image_headers(record: JobRecord, image: ImageRef) -> dict[str, str]:
 
 async def image_response(context: ApiContext, record: JobRecord, index: int) -> Response:
     """Read one picture of a finished job from the blob store. Raises NotFound if it is gone."""
-    assert record.result is not None
-    image = record.result.images[index]
+    image = _image(record, str(index))
     try:
         data = await asyncio.to_thread(context.blobs.get, image.path, image.sha256)
     except NotFound:
@@ -89,8 +105,50 @@ async def image_response(context: ApiContext, record: JobRecord, index: int) -> 
 async def cancel_job(request: Request, job_id: str) -> Response:
     """Cancel a job: a queued one at once, a running one at its next step. Safe to repeat."""
     context = context_of(request)
-    await _find(context, job_id)
+    await find_job(context, job_id)
     record = await promptly(context.queue.cancel(job_id))
     if record is None:
         raise _no_job(job_id)
     return JSONResponse(job_answer(record).model_dump())
+
+
+@router.delete("", response_model=JobAnswer, summary="Erase a job")
+async def delete_job(request: Request, job_id: str) -> Response:
+    """Cancel a job that has not ended, and erase its prompt and pictures. Safe to repeat.
+
+    What is left tells how it ended, for as long as any job is kept.
+    """
+    context = context_of(request)
+    await find_job(context, job_id)
+    record = await promptly(erase(context.queue, context.blobs, job_id), ERASE_S)
+    if record is None:
+        raise _no_job(job_id)
+    return JSONResponse(job_answer(record).model_dump())
+
+
+class JobList(BaseModel):
+    """Some of the caller's jobs, the newest first."""
+
+    jobs: list[JobAnswer]
+
+
+@listing.get("/jobs", response_model=JobList, summary="Your jobs")
+async def list_jobs(
+    request: Request,
+    status: Annotated[JobStatus | None, Query(description="only jobs of this status")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="at most so many")] = PAGE,
+    cursor: Annotated[
+        str | None, Query(pattern=r"^[0-9]{1,15}$", description="of the page before")
+    ] = None,
+) -> Response:
+    """The caller's own jobs, the newest first. A header `Link: <...>; rel="next"` continues."""
+    context = context_of(request)
+    reading = context.queue.list_jobs(DEFAULT_TENANT, status=status, limit=limit, cursor=cursor)
+    page = await promptly(reading, LIST_S)
+    headers = {"Cache-Control": "no-store"}
+    if page.cursor is not None:
+        query = {"status": status, "limit": limit, "cursor": page.cursor}
+        given = {name: value for name, value in query.items() if value is not None}
+        headers["Link"] = f'</jobs?{urlencode(given)}>; rel="next"'
+    jobs = [job_answer(record).model_dump() for record in page.records]
+    return JSONResponse({"jobs": jobs}, headers=headers)

@@ -5,13 +5,14 @@ import random
 from typing import Any
 
 import structlog
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from server.api.schemas import InvalidFields, printable
+from server.api.schemas import InvalidFields, printable, shown
 from server.errors import QueueUnavailable, ServerError
 from server.protocol import JobRecord
 
@@ -177,7 +178,19 @@ async def on_http_exception(request: Request, error: Exception) -> ProblemRespon
     return problem(request.scope, status, code, detail, headers=dict(error.headers or {}))
 
 
+async def on_invalid_parameters(request: Request, error: Exception) -> ProblemResponse:
+    """Answer wrong query parameters and headers."""
+    assert isinstance(error, RequestValidationError)
+    fields = []
+    for item in error.errors():
+        name = str(item["loc"][-1])
+        sentence = f"{name}: {item['msg']}, got {shown(item.get('input'))}"
+        fields.append((name, sentence))
+    return error_problem(request.scope, InvalidFields(fields))
+
+
 HANDLERS: dict[Any, Any] = {
     ServerError: on_server_error,
     HTTPException: on_http_exception,
+    RequestValidationError: on_invalid_parameters,
 }

@@ -207,7 +207,7 @@ class GenerateBody(BaseModel):
         names = [lora.name for lora in self.loras or ()]
         if len(set(names)) < len(names):
             sentence = "loras must name each LoRA once"
-            raise _field_error("loras", f"{sentence}, got {_shown(names)}")
+            raise _field_error("loras", f"{sentence}, got {shown(names)}")
         return self
 
     @model_validator(mode="after")
@@ -235,7 +235,7 @@ def printable(text: str, limit: int = 60) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The offending value as JSON, short enough for a sentence."""
     if isinstance(value, str) and len(value) > 60:
         return f"a text of {len(value)} characters"
@@ -246,7 +246,7 @@ def _shown(value: Any) -> str:
 
 
 def _must_be(field: str, value: Any) -> str:
-    return f"{field} must be {GenerateBody.model_fields[field].description}, got {_shown(value)}"
+    return f"{field} must be {GenerateBody.model_fields[field].description}, got {shown(value)}"
 
 
 def _unknown_field(name: str) -> str:
@@ -278,7 +278,7 @@ def parse_generate(value: Any) -> GenerateBody:
     Raises InvalidRequest (InvalidFields where fields are to blame).
     """
     if not isinstance(value, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {_shown(value)}")
+        raise InvalidRequest(f"the body must be a JSON object, got {shown(value)}")
     # Unknown names come first: a misspelt field is better named than reported as missing. They
     # are taken out here because pydantic stops at a name that is not valid Unicode.
     unknown = [name for name in value if name not in GenerateBody.model_fields]
@@ -313,15 +313,15 @@ def check_against_model(body: GenerateBody, info: ModelInfo) -> None:
             continue
         if not info.min_size <= size <= info.max_size or size % info.size_multiple:
             allowed = f"a multiple of {info.size_multiple} from {info.min_size} to {info.max_size}"
-            wrong.append((field, f"{field} must be {allowed}, got {_shown(size)}"))
+            wrong.append((field, f"{field} must be {allowed}, got {shown(size)}"))
     steps = body.num_inference_steps
     if steps is not None and steps > info.max_steps:
         sentence = f"num_inference_steps must be a whole number from 1 to {info.max_steps}"
-        wrong.append(("num_inference_steps", f"{sentence}, got {_shown(steps)}"))
+        wrong.append(("num_inference_steps", f"{sentence}, got {shown(steps)}"))
     wrong += _check_schedule(body, info)
     if body.preset is not None and body.preset not in info.presets:
         offered = ", ".join(sorted(info.presets)) or "none"
-        sentence = f"preset must be one that {info.name} has ({offered}), got {_shown(body.preset)}"
+        sentence = f"preset must be one that {info.name} has ({offered}), got {shown(body.preset)}"
         wrong.append(("preset", sentence))
     wrong += _check_loras(body, info)
     if wrong:
@@ -334,7 +334,7 @@ def _check_loras(body: GenerateBody, info: ModelInfo) -> list[tuple[str, str]]:
         if lora.name not in info.loras:
             offered = ", ".join(info.loras) or "none"
             sentence = f"loras must name those that {info.name} has ({offered})"
-            return [("loras", f"{sentence}, got {_shown(lora.name)}")]
+            return [("loras", f"{sentence}, got {shown(lora.name)}")]
     return []
 
 

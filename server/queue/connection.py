@@ -27,7 +27,7 @@ MAX_BLOCK_S = 2.0
 SCRIPT_NAMES = (
     "submit", "claim", "heartbeat", "progress", "complete", "fail", "release", "cancel", "reap",
     "retry", "purge", "reconcile", "epoch", "offer", "preview", "outbox", "delivered",
-    "record",
+    "record", "erase",
 )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ epoch                             hash    names one unbroken history; when it wa
 stats                             hash    fenced writes and reclaimed jobs, counted
 signing                           string  key of signed URLs
 sweep                             string  who sweeps the blob store; TTL
-changes                           channel ids of jobs that changed
+changes                           channel ids of jobs that changed; <id>:preview... of new pictures
 """
 
 PREFIX = "{lumina}:"
