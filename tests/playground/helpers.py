@@ -1,7 +1,10 @@
 """What browser tests and the screenshot share: where the browser is, and a visit of the page."""
 
+import re
 import shutil
 from pathlib import Path
+
+from playwright.sync_api import expect
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
 FLAGS = [
@@ -51,6 +54,11 @@ class Visit:
     def _on_request(self, request):
         if not request.url.startswith((self.origin, "data:")):
             self.foreign.append(request.url)
+
+
+def wait_text(page, selector, pattern):
+    """Wait until an element's text has the pattern. (The page's policy forbids evaluated code.)"""
+    expect(page.locator(selector)).to_have_text(re.compile(pattern), timeout=PATIENCE_MS)
 
 
 def set_prompt(page, prompt, **settings):

@@ -1,8 +1,9 @@
 """The page for everybody: keyboard alone, any width, light and dark, names for every control."""
 
 import pytest
+from playwright.sync_api import expect
 
-from tests.playground.helpers import draw, entries, facts, wait_done
+from tests.playground.helpers import PATIENCE_MS, draw, entries, facts, wait_done
 
 PROMPT = "a green cross"
 PHONE = {"viewport": {"width": 360, "height": 740}}
@@ -72,7 +73,7 @@ def test_the_keyboard_is_enough(page):
     page.keyboard.press("Control+a")
     page.keyboard.type("4")
     page.keyboard.press("Control+Enter")
-    page.wait_for_function("document.querySelectorAll('#history-list .entry').length === 2")
+    expect(page.locator("#history-list .entry")).to_have_count(2, timeout=PATIENCE_MS)
     wait_done(page)
     for _ in range(60):
         if page.evaluate("document.activeElement.className") == "entry":
@@ -80,7 +81,7 @@ def test_the_keyboard_is_enough(page):
         page.keyboard.press("Tab")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#seed').value === '3'")
+    expect(page.locator("#seed")).to_have_value("3", timeout=PATIENCE_MS)
     assert facts(page)["seed"] == "3"
     page.keyboard.press("Delete")
     assert entries(page) == [f"{PROMPT}, seed 4"]

@@ -8,7 +8,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from tests.playground.helpers import LONG, draw, entries, facts, set_prompt, wait_done
+from tests.playground.helpers import LONG, draw, entries, facts, set_prompt, wait_done, wait_text
 
 PROMPT = "three yellow stars"
 AWKWARD = """it's <b>"bold"</b> $HOME `id` \\ 一个红色圆形 <img src=x onerror=alert(1)>"""
@@ -58,16 +58,12 @@ def test_every_setting_reaches_the_job(page):
 
 def test_a_job_is_watched_while_it_waits_and_runs(page, service):
     blocker = service.call("POST", "/generate", {"prompt": "x", **LONG}, prefer="respond-async")
-    set_prompt(page, PROMPT, num_images=4, num_inference_steps=50, width=128, height=128)
+    set_prompt(page, PROMPT, num_images=3, num_inference_steps=50, width=128, height=128)
     page.click("#generate")
-    page.wait_for_function("/queue|ahead/.test(document.querySelector('#status').textContent)")
-    page.wait_for_function(
-        "/[1-9] jobs?$/.test(document.querySelector('#service-line').textContent)"
-    )
+    wait_text(page, "#status", r"queue|ahead")
+    wait_text(page, "#service-line", r"[1-9] jobs?$")
     service.call("POST", f"/jobs/{blocker['id']}/cancel")
-    page.wait_for_function(
-        "/^Step [1-9]\\d* of 50/.test(document.querySelector('#status').textContent)"
-    )
+    wait_text(page, "#status", r"^Step [1-9]\d* of 50")
     assert page.eval_on_selector("#bar", "bar => bar.max") == 50
     page.wait_for_selector("#frame .preview img[src^='data:image/jpeg']")
     wait_done(page)
@@ -78,7 +74,7 @@ def test_a_job_is_watched_while_it_waits_and_runs(page, service):
 def test_cancel(page, service, how):
     set_prompt(page, PROMPT, **LONG)
     page.click("#generate")
-    page.wait_for_function("/^Step/.test(document.querySelector('#status').textContent)")
+    wait_text(page, "#status", r"^Step")
     if how == "button":
         page.click("#cancel")
     else:
@@ -101,8 +97,10 @@ def test_a_problem_stands_at_its_field(visit):
     assert page.get_attribute("#width", "aria-invalid") == "true"
     assert page.get_attribute("#width", "aria-describedby") == "width-problem"
     assert page.evaluate("document.activeElement.id") == "width"
-    # One inside the folded part opens it; what is no number never leaves the page.
+    # One inside the folded part opens it.
+    page.click("#more summary")
     set_prompt(page, PROMPT, width=64, quality=101)
+    page.click("#more summary")
     page.click("#generate")
     page.wait_for_selector("#quality-problem")
     assert page.locator("#width-problem").count() == 0
@@ -119,8 +117,7 @@ def test_an_unreachable_service_is_said_and_survived(visit):
     page.context.set_offline(True)
     set_prompt(page, PROMPT)
     page.click("#generate")
-    page.wait_for_function("document.querySelector('#alert').textContent.length > 0")
-    assert page.text_content("#alert") == "The service cannot be reached."
+    wait_text(page, "#alert", "^The service cannot be reached.$")
     page.context.set_offline(False)
     draw(page, PROMPT, seed=1, num_inference_steps=4)
     assert page.is_hidden("#alert")
@@ -172,7 +169,7 @@ def test_a_picture_on_its_way_is_followed_after_a_reload(visit):
     one = visit()
     set_prompt(one.page, PROMPT, num_images=2, num_inference_steps=50, width=128, height=128)
     one.page.click("#generate")
-    one.page.wait_for_function("/^Step/.test(document.querySelector('#status').textContent)")
+    wait_text(one.page, "#status", r"^Step")
     one.page.reload()
     wait_done(one.page)
     assert entries(one.page)[0].startswith(f"{PROMPT}, seed ")
