@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue chaos lint
+.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue chaos screenshot lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -71,3 +71,6 @@ bench-queue: $(STAMP) ## jobs a second through the queue without a model, and wh
 
 chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kill redis" for some)
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+screenshot: $(STAMP) ## docs/images/playground.png anew (needs a Chromium)
+	$(BIN)/python -m tests.playground.screenshot $(ARGS)

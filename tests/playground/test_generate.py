@@ -7,8 +7,18 @@ import sys
 from urllib.request import urlopen
 
 import pytest
+from playwright.sync_api import expect
 
-from tests.playground.helpers import LONG, draw, entries, facts, set_prompt, wait_done, wait_text
+from tests.playground.helpers import (
+    LONG,
+    PATIENCE_MS,
+    draw,
+    entries,
+    facts,
+    set_prompt,
+    wait_done,
+    wait_text,
+)
 
 PROMPT = "three yellow stars"
 AWKWARD = """it's <b>"bold"</b> $HOME `id` \\ 一个红色圆形 <img src=x onerror=alert(1)>"""
@@ -62,7 +72,9 @@ def test_a_job_is_watched_while_it_waits_and_runs(page, service):
     page.click("#generate")
     wait_text(page, "#status", r"queue|ahead")
     wait_text(page, "#service-line", r"[1-9] jobs?$")
-    service.call("POST", f"/jobs/{blocker['id']}/cancel")
+    page.click("#service summary")
+    expect(page.locator("#open-jobs li")).to_have_count(2, timeout=PATIENCE_MS)
+    page.get_by_role("button", name=f"Cancel job …{blocker['id'][-8:]}").click()
     wait_text(page, "#status", r"^Step [1-9]\d* of 50")
     assert page.eval_on_selector("#bar", "bar => bar.max") == 50
     page.wait_for_selector("#frame .preview img[src^='data:image/jpeg']")
@@ -177,7 +189,9 @@ def test_a_picture_on_its_way_is_followed_after_a_reload(visit):
 
 
 def test_a_seed_is_drawn_kept_and_let_go(page):
-    sheet = draw(page, PROMPT, num_inference_steps=4)
+    assert draw(page, PROMPT, seed=0, num_inference_steps=4)["seed"] == "0"
+    page.click("#lock")
+    sheet = draw(page, PROMPT)
     assert page.input_value("#seed") == ""
     page.click("#lock")
     assert page.input_value("#seed") == sheet["seed"]

@@ -5,7 +5,15 @@ const NAME = "history";
 const MAX_ENTRIES = 60;
 const KEPT = ["id", "status", "images", "model", "timings", "steps", "warnings", "prompt_tokens"];
 
-let entries = load(NAME, []).filter((entry) => entry?.id && entry.body);
+let entries = [];
+
+/** Reads what is kept: another window may have changed it. */
+function read() {
+  const kept = load(NAME, []);
+  entries = Array.isArray(kept) ? kept.filter((entry) => entry?.id && entry.body) : [];
+}
+
+read();
 
 const store = () => {
   // A full storage loses the oldest first.
@@ -18,6 +26,7 @@ export const find = (id) => entries.find((entry) => entry.id === id) ?? null;
 
 /** What is kept of a job: its settings with the seed it got, and the answer's figures. */
 export function remember(job, body, extra = {}) {
+  read();
   const before = find(job.id);
   const entry = { ...before, at: before?.at ?? Date.now(), body: { ...body, seed: job.seed }, ...extra };
   for (const name of KEPT) if (job[name] !== undefined && job[name] !== null) entry[name] = job[name];
@@ -29,6 +38,7 @@ export function remember(job, body, extra = {}) {
 }
 
 export function remove(id) {
+  read();
   entries = entries.filter((entry) => entry.id !== id);
   store();
 }

@@ -102,6 +102,7 @@ async function occupy(work) {
     $("generate").disabled = false;
     show($("cancel"), false);
     endProgress();
+    if (document.activeElement === document.body) $("generate").focus({ preventScroll: true });
     lookAtService().catch(() => {}); // the watcher tells what is wrong
   }
 }
@@ -152,7 +153,7 @@ async function open(id) {
 }
 
 function showEntry(entry) {
-  if (entry.status === "succeeded") {
+  if (entry.status === "succeeded" && entry.images?.length) {
     showResult(entry, actions);
     return;
   }

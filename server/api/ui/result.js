@@ -72,16 +72,16 @@ function facts(entry) {
   const rows = [
     ["seed", images.length > 1 ? `${images[0].seed} to ${images.at(-1).seed}` : images[0].seed],
     ["size", `${images[0].width} × ${images[0].height}`],
-    ["steps", steps && stepsText(steps)],
-    ["evaluations", steps?.nfe],
-    ["prompt", entry.prompt_tokens && `${entry.prompt_tokens} tokens`],
-    ["total", timings && seconds(timings.total_s)],
+    ["steps", steps ? stepsText(steps) : null],
+    ["evaluations", steps?.nfe || null],
+    ["prompt", entry.prompt_tokens ? `${entry.prompt_tokens} tokens` : null],
+    ["total", timings ? seconds(timings.total_s) : null],
     ["model", entry.model],
     ["job", entry.id],
   ];
   const list = el("dl", { className: "facts tiles" });
   for (const [name, value] of rows) {
-    if (value === undefined || value === null || value === 0) continue;
+    if (value === undefined || value === null) continue;
     list.append(el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: value })));
   }
   return list;

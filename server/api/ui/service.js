@@ -1,6 +1,7 @@
 // The state of the service: workers, running and waiting jobs, of every pool.
 import { $, count, el, seconds, sleep } from "./dom.js";
 import { getJson } from "./http.js";
+import { drawOpenJobs } from "./open-jobs.js";
 
 const LOOK_MS = 4000;
 const QUIET_MS = 15000; // after trouble
@@ -48,6 +49,7 @@ export async function lookAtService() {
   ({ pools } = await getJson("/state"));
   summary();
   $("service-pools").replaceChildren(...pools.map(details));
+  if ($("service").open) await drawOpenJobs();
 }
 
 /** Goes on asking while the page is seen. */
@@ -70,6 +72,9 @@ export async function watchService() {
 /** The panel closes by Escape and by a click elsewhere. */
 export function wireService() {
   const panel = $("service");
+  panel.addEventListener("toggle", () => {
+    if (panel.open) lookAtService().catch(() => {}); // the watcher tells what is wrong
+  });
   document.addEventListener("click", (event) => {
     if (!panel.contains(event.target)) panel.open = false;
   });
