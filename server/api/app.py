@@ -6,9 +6,10 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI
 
-from server.api import events, generate, health, jobs, state
+from server.api import events, generate, health, jobs, openai, state
 from server.api.context import ApiContext
 from server.api.middleware import RequestGuard
+from server.api.openapi import describe
 from server.api.page import add_page
 from server.api.problems import HANDLERS
 from server.config import Settings
@@ -16,6 +17,11 @@ from server.queue.blobs import BlobStore
 from server.queue.connection import end_tasks
 from server.queue.jobs import JobQueue, open_queue
 from server.queue.upkeep import Upkeep
+
+ROUTERS = (
+    generate.router, jobs.listing, jobs.router, events.router, openai.router, health.router,
+    state.router,
+)  # fmt: skip
 
 
 def create_app(
@@ -49,11 +55,10 @@ def create_app(
         redirect_slashes=False,
         redoc_url=None,
     )
+    describe(app, ROUTERS)
     app.state.context = context
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
-    for router in (
-        generate.router, jobs.listing, jobs.router, events.router, health.router, state.router,
-    ):  # fmt: skip
+    for router in ROUTERS:
         app.include_router(router)
     add_page(app)
     return app

@@ -10,6 +10,7 @@ import base64
 import contextlib
 import json
 import random
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Annotated, Any
 
@@ -24,7 +25,9 @@ from starlette.types import Receive, Scope, Send
 
 from server.api.answers import job_answer
 from server.api.context import ApiContext, context_of, promptly
+from server.api.examples import EVENTS
 from server.api.jobs import find_job
+from server.api.openapi import QUEUE, problems
 from server.errors import NotFound, QueueUnavailable
 from server.protocol import JobRecord
 from server.queue.connection import end_tasks
@@ -79,7 +82,19 @@ def goodbye(why: str) -> ServerSentEvent:
     return ServerSentEvent(comment=why, retry=random.randint(*RETRY_MS), sep="\n")
 
 
-@router.get("/events", summary="Follow a job")
+@router.get(
+    "/events",
+    response_class=Response,
+    responses=problems("not-found", "invalid-request", *QUEUE)
+    | {
+        200: {
+            "description": "Server-sent events",
+            "content": {"text/event-stream": {"schema": {"type": "string"}, "example": EVENTS}},
+        },
+        204: {"description": "The job has ended, and you have its last event"},
+    },
+    summary="Follow a job",
+)
 async def get_events(
     request: Request,
     job_id: str,
@@ -164,15 +179,19 @@ async def keep_looking(context: ApiContext, job_id: str) -> None:
 
 
 async def until_stopped(
-    context: ApiContext, events: AsyncGenerator[Any, None]
+    context: ApiContext, events: AsyncGenerator[Any, None], limit_s: float | None = None
 ) -> AsyncGenerator[Any, None]:
-    """Pass `events` on until they end or the process is told to."""
+    """Pass `events` on until they end, the process is told to, or `limit_s` is over."""
     stopping = asyncio.create_task(context.stopping.wait())
+    deadline = None if limit_s is None else time.monotonic() + limit_s
     upcoming: asyncio.Task[Any] | None = None
     try:
         while not context.stopping.is_set():
             upcoming = asyncio.ensure_future(anext(events, _END))
-            await asyncio.wait((upcoming, stopping), return_when=asyncio.FIRST_COMPLETED)
+            left_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            await asyncio.wait(
+                (upcoming, stopping), timeout=left_s, return_when=asyncio.FIRST_COMPLETED
+            )
             if not upcoming.done() or upcoming.result() is _END:
                 return
             yield upcoming.result()

@@ -12,6 +12,8 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.answers import JobAnswer, job_answer
 from server.api.context import ApiContext, context_of, promptly
+from server.api.examples import CANCELED, SUCCEEDED
+from server.api.openapi import QUEUE, Responses, answer, problems
 from server.api.schemas import printable
 from server.errors import NotFound
 from server.protocol import (
@@ -45,7 +47,16 @@ def _no_job(job_id: str) -> NotFound:
     return NotFound(f"there is no job '{printable(job_id)}'")
 
 
-@router.get("", response_model=JobAnswer, summary="What became of a job")
+_MISSING = problems("not-found", *QUEUE)
+_ENDED: Responses = {200: answer("The job as it is now", CANCELED)}
+
+
+@router.get(
+    "",
+    response_model=JobAnswer,
+    responses=_MISSING | {200: answer("The job as it is now", SUCCEEDED)},
+    summary="What became of a job",
+)
 async def get_job(request: Request, job_id: str) -> Response:
     """Status, queue position, step i of n, timings and pictures of a job."""
     record = await find_job(context_of(request), job_id)
@@ -53,7 +64,22 @@ async def get_job(request: Request, job_id: str) -> Response:
     return JSONResponse(job_answer(record).model_dump(), headers=headers)
 
 
-@router.get("/images/{index}", summary="A picture of a job")
+@router.get(
+    "/images/{index}",
+    response_class=Response,
+    responses=problems("not-found", "storage-unavailable", *QUEUE)
+    | {
+        200: {
+            "description": "The picture",
+            "content": {
+                media: {"schema": {"type": "string", "format": "binary"}}
+                for media in MEDIA_TYPES.values()
+            },
+        },
+        304: {"description": "You have it already: If-None-Match names its ETag"},
+    },
+    summary="A picture of a job",
+)
 async def get_image(request: Request, job_id: str, index: str) -> Response:
     """The bytes of one picture; its ETag is their sha256."""
     context = context_of(request)
@@ -90,18 +116,26 @@ def _image_headers(record: JobRecord, image: ImageRef) -> dict[str, str]:
     }
 
 
-async def image_response(context: ApiContext, record: JobRecord, index: int) -> Response:
-    """Read one picture of a finished job from the blob store. Raises NotFound if it is gone."""
+async def read_image(context: ApiContext, record: JobRecord, index: int) -> bytes:
+    """Read one picture of a job from the blob store. Raises NotFound if there is none (now)."""
     image = _image(record, str(index))
     try:
-        data = await asyncio.to_thread(context.blobs.get, image.path, image.sha256)
+        return await asyncio.to_thread(context.blobs.get, image.path, image.sha256)
     except NotFound:
         raise NotFound(f"image {index} of job {record.id} is no longer stored") from None
+
+
+async def image_response(context: ApiContext, record: JobRecord, index: int) -> Response:
+    """Answer with one picture of a job; raises as `read_image`."""
+    image = _image(record, str(index))
+    data = await read_image(context, record, index)
     headers = _image_headers(record, image)
     return Response(data, media_type=MEDIA_TYPES[image.format], headers=headers)
 
 
-@router.post("/cancel", response_model=JobAnswer, summary="Cancel a job")
+@router.post(
+    "/cancel", response_model=JobAnswer, responses=_MISSING | _ENDED, summary="Cancel a job"
+)
 async def cancel_job(request: Request, job_id: str) -> Response:
     """Cancel a job: a queued one at once, a running one at its next step. Safe to repeat."""
     context = context_of(request)
@@ -112,7 +146,12 @@ async def cancel_job(request: Request, job_id: str) -> Response:
     return JSONResponse(job_answer(record).model_dump())
 
 
-@router.delete("", response_model=JobAnswer, summary="Erase a job")
+@router.delete(
+    "",
+    response_model=JobAnswer,
+    responses=problems("not-found", "storage-unavailable", *QUEUE) | _ENDED,
+    summary="Erase a job",
+)
 async def delete_job(request: Request, job_id: str) -> Response:
     """Cancel a job that has not ended, and erase its prompt and pictures. Safe to repeat.
 
@@ -132,7 +171,13 @@ class JobList(BaseModel):
     jobs: list[JobAnswer]
 
 
-@listing.get("/jobs", response_model=JobList, summary="Your jobs")
+@listing.get(
+    "/jobs",
+    response_model=JobList,
+    responses=problems("invalid-request", *QUEUE)
+    | {200: answer("Your jobs, the newest first", {"jobs": [SUCCEEDED]})},
+    summary="Your jobs",
+)
 async def list_jobs(
     request: Request,
     status: Annotated[JobStatus | None, Query(description="only jobs of this status")] = None,

@@ -6,6 +6,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.context import ApiContext, context_of, promptly
+from server.api.openapi import QUEUE, answer, problems
 
 router = APIRouter()
 
@@ -31,11 +32,26 @@ class StateAnswer(BaseModel):
     pools: list[PoolState]
 
 
-@router.get("/state", response_model=StateAnswer, summary="Pools, workers and queues")
+EXAMPLE = {
+    "pools": [
+        {
+            "pool": "default", "model": "demo", "hash": "1f1e97a6718ad9f1" + 48 * "0", "workers": 2,
+            "running": 5, "queued": 3, "queue_limit": 1000, "work_s": 4.2,
+        }
+    ]
+}  # fmt: skip
+
+
+@router.get(
+    "/state",
+    response_model=StateAnswer,
+    responses=problems(*QUEUE) | {200: answer("At this moment", EXAMPLE)},
+    summary="Pools, workers and queues",
+)
 async def state(request: Request) -> Response:
     """Live workers, running and waiting jobs of every pool, and how long the waiting take."""
-    answer = await promptly(_state(context_of(request)))
-    return JSONResponse(answer.model_dump(), headers={"Cache-Control": "no-store"})
+    found = await promptly(_state(context_of(request)))
+    return JSONResponse(found.model_dump(), headers={"Cache-Control": "no-store"})
 
 
 async def _state(context: ApiContext) -> StateAnswer:

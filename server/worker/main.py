@@ -129,7 +129,7 @@ class Worker:
 
     def _hand_over(self, decoded: Sequence[Decoded], failures: Sequence[Failure]) -> None:
         for each in decoded:
-            self.output.submit(each)
+            self.output.submit(each, self.previews.partials(each.job.claim))
         for failure in failures:
             log.info("job failed", job=failure.claim.job_id, code=failure.error.code)
             self.intake.fail(failure.claim, failure.error, failure.retry)

@@ -8,7 +8,8 @@ import contextlib
 import io
 import json
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict
 from typing import Any
 
@@ -33,6 +34,7 @@ log = structlog.get_logger(__name__)
 JPEG_QUALITY = 90
 WEBP_QUALITY = 90
 NUM_THREADS = 2
+BEFORE_S = 30.0  # how long a finished job waits for its own partial pictures
 
 
 def encode_image(
@@ -87,10 +89,10 @@ class Output:
         self._pending = {future: c for future, c in self._pending.items() if not future.done()}
         return len(self._pending)
 
-    def submit(self, decoded: Decoded) -> None:
-        """Store and commit a job; returns at once."""
+    def submit(self, decoded: Decoded, before: Sequence[Future[None]] = ()) -> None:
+        """Store a job, and commit it once what comes `before` is done; returns at once."""
         self._intake.storing(decoded.job.claim)
-        future = self._threads.submit(self._finish, decoded)
+        future = self._threads.submit(self._finish, decoded, before)
         self._pending[future] = decoded.job.claim
 
     def stop(self) -> list[Claim]:
@@ -98,7 +100,7 @@ class Output:
         self._threads.shutdown(wait=False, cancel_futures=True)
         return [claim for future, claim in self._pending.items() if future.cancelled()]
 
-    def _finish(self, decoded: Decoded) -> None:
+    def _finish(self, decoded: Decoded, before: Sequence[Future[None]]) -> None:
         claim = decoded.job.claim
         try:
             images = self._store(decoded)
@@ -108,6 +110,7 @@ class Output:
             sentence = f"the picture could not be stored ({type(error).__name__})"
             self._intake.fail(claim, JobError(code="store-failed", detail=sentence), retry=True)
             return
+        wait(before, BEFORE_S)
         if not self._intake.complete(claim, result).result():
             for image in images:
                 with contextlib.suppress(OSError):

@@ -58,20 +58,6 @@ def test_presets_tell_what_the_model_offers(redis_url: str, tmp_path: Path) -> N
     asyncio.run(scenario())
 
 
-def test_openapi_describes_the_body(redis_url: str, tmp_path: Path) -> None:
-    async def scenario() -> None:
-        async with service(redis_url, tmp_path, worker=False) as it:
-            schema = (await it.client.get("/openapi.json")).json()
-            post = schema["paths"]["/generate"]["post"]
-            body = post["requestBody"]["content"]["application/json"]["schema"]
-            assert body["required"] == ["prompt"]
-            assert body["additionalProperties"] is False
-            assert {"200", "202", "4XX", "5XX"} <= post["responses"].keys()
-            assert "application/problem+json" in post["responses"]["4XX"]["content"]
-
-    asyncio.run(scenario())
-
-
 @pytest.mark.parametrize("when", ["running", "queued"])
 def test_a_client_that_leaves_cancels_its_job(redis_url: str, tmp_path: Path, when: str) -> None:
     async def scenario() -> None:
