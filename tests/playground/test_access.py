@@ -149,7 +149,7 @@ def test_the_theme_is_chosen_and_kept(visit):
 def test_every_control_has_a_name(page):
     page.click("#more summary")
     page.select_option("#template", "panel")
-    page.locator("#cache label", has_text="limit").click()
+    page.locator("#cache label", has_text="number").click()
     draw(page, PROMPT, seed=3, num_inference_steps=4)
     page.locator("#mode label", has_text="Compare").click()
     page.click("#service summary")

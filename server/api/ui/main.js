@@ -226,8 +226,8 @@ async function start() {
   wireHistory({ onRemove });
   wireKey(() => lookAtService().catch(() => {}));
   drawHistory({ onOpen, onRemove });
-  watchService();
-  offerSettings(await learnOffer(() => {}));
+  watchService(async () => offerSettings(await learnOffer()));
+  offerSettings(await learnOffer());
   resume();
 }
 

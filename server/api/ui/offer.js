@@ -6,14 +6,13 @@ const FALLBACKS = { guidance_scale: 4, sampler: "euler", cache: "off", system_pr
 
 let offer = null;
 
-/** Asks until a worker has published its model; `onWait` gets the reason for each delay. */
-export async function learnOffer(onWait) {
+/** Asks until a worker has published its model. The service's state says meanwhile what is amiss. */
+export async function learnOffer() {
   for (;;) {
     try {
       offer = await getJson("/presets");
       return offer;
     } catch (error) {
-      onWait(error);
       await sleep(error.status === 401 ? 3000 : 1000);
     }
   }

@@ -1,12 +1,15 @@
 // The state of the service: workers, running and waiting jobs, of every pool.
 import { $, count, el, seconds, sleep } from "./dom.js";
-import { getJson } from "./http.js";
+import { getJson, hasKey } from "./http.js";
 import { drawOpenJobs } from "./open-jobs.js";
 
 const LOOK_MS = 4000;
+const KEYED_MS = 10000; // looks count towards the rate of an API key
 const QUIET_MS = 15000; // after trouble
 
 let pools = [];
+let served = null; // hash of the default model
+let onOtherModel = () => {};
 
 /** Estimated seconds until a waiting job starts, or null. */
 export function startsIn(job) {
@@ -48,14 +51,18 @@ function details(pool) {
 export async function lookAtService() {
   ({ pools } = await getJson("/state"));
   summary();
+  const [first] = pools;
+  if (first && served && first.hash !== served) onOtherModel();
+  served = first?.hash ?? served;
   $("service-pools").replaceChildren(...pools.map(details));
   if ($("service").open) await drawOpenJobs();
 }
 
-/** Goes on asking while the page is seen. */
-export async function watchService() {
+/** Goes on asking while the page is seen; `onModel` is called when another model is served. */
+export async function watchService(onModel) {
+  onOtherModel = onModel;
   for (;;) {
-    let pause = LOOK_MS;
+    let pause = hasKey() ? KEYED_MS : LOOK_MS;
     if (!document.hidden) {
       try {
         await lookAtService();
