@@ -109,6 +109,7 @@ def test_a_problem_stands_at_its_field(visit):
     assert page.get_attribute("#width", "aria-invalid") == "true"
     assert page.get_attribute("#width", "aria-describedby") == "width-problem"
     assert page.evaluate("document.activeElement.id") == "width"
+    assert "appears here" in page.text_content("#frame")  # the stage is as it was
     # One inside the folded part opens it.
     page.click("#more summary")
     set_prompt(page, PROMPT, width=64, quality=101)

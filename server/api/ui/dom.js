@@ -35,6 +35,9 @@ export function seconds(value) {
   return `${Math.round(value / 60)} min`;
 }
 
+/** An estimate, which is no better than whole seconds. */
+export const roughly = (value) => (value < 90 ? `${Math.max(1, Math.round(value))} s` : seconds(value));
+
 /** "1 job", "2 jobs". */
 export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;
 

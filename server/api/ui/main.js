@@ -2,13 +2,13 @@
 import { openCode, wireCode } from "./code.js";
 import { readVariants, setComparing, wireCompare } from "./compare.js";
 import { showComparison } from "./compare-view.js";
-import { $, chosen, show } from "./dom.js";
+import { $, chosen, el, show } from "./dom.js";
 import { addExamples } from "./examples.js";
 import { clearProblems, showAlert, showProblems, unreadable } from "./fields.js";
 import { offerSettings, readSettings, refresh, writeSettings } from "./form.js";
 import { clear, find, history, remember, remove } from "./history.js";
 import { drawHistory, wireHistory } from "./history-view.js";
-import { getJson, request } from "./http.js";
+import { Problem, getJson, request } from "./http.js";
 import { cancel, ended, follow, submit } from "./job.js";
 import { wireKey } from "./key.js";
 import { learnOffer } from "./offer.js";
@@ -50,7 +50,7 @@ async function finish(job, body, prefix = "") {
   const entry = remember(end, body, { thumb });
   drawHistory({ onOpen, onRemove }, entry.id);
   if (end.status !== "succeeded") {
-    $("frame").replaceChildren();
+    empty("No picture came of this.");
     const text = end.status === "canceled" ? "Canceled." : (end.error?.detail ?? `The job ended as ${end.status}.`);
     const failure = new Error(text);
     failure.calm = end.status === "canceled";
@@ -58,6 +58,10 @@ async function finish(job, body, prefix = "") {
   }
   rememberSeed(end.seed);
   return entry;
+}
+
+function empty(text) {
+  $("frame").replaceChildren(el("p", { className: "hint", textContent: text }));
 }
 
 async function drawOne() {
@@ -89,12 +93,15 @@ async function occupy(work) {
   clearProblems();
   showAlert("");
   showWarnings([]);
+  const before = ["frame", "report"].map((id) => [$(id), [...$(id).childNodes]]);
   $("report").replaceChildren();
   startProgress($("frame"), "Progress of the picture");
   $("frame").scrollIntoView({ block: "nearest" });
   try {
     await work();
   } catch (error) {
+    // What was never begun leaves the stage as it was.
+    if (error instanceof Problem) for (const [node, children] of before) node.replaceChildren(...children);
     report(error);
   } finally {
     busy = false;
@@ -108,7 +115,6 @@ async function occupy(work) {
 }
 
 function report(error) {
-  if (!$("frame").querySelector(".pictures")) $("frame").replaceChildren();
   const again = error.retryAfter ? ` Try again in ${error.retryAfter} s.` : "";
   const homeless = showProblems(error.fields ?? []);
   if (error.calm) say(error.message);
@@ -157,7 +163,7 @@ function showEntry(entry) {
     showResult(entry, actions);
     return;
   }
-  $("frame").replaceChildren();
+  empty("No picture came of this.");
   $("report").replaceChildren();
   showWarnings([]);
   showAlert(`This job ended as ${entry.status}. Its settings are back in the form.`);

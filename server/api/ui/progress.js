@@ -1,5 +1,5 @@
 // How far a job is: in words, as a bar, as an unfinished picture, and aloud now and then.
-import { $, el, seconds, show } from "./dom.js";
+import { $, el, roughly, show } from "./dom.js";
 import { startsIn } from "./service.js";
 
 let began = null; // {step, at} of the first step seen
@@ -58,7 +58,7 @@ export function showProgress(job, prefix = "") {
 
 function estimate(job) {
   const wait = startsIn(job);
-  return wait === null ? "" : `starts in about ${seconds(Math.max(wait, 0.5))}`;
+  return wait === null ? "" : `starts in about ${roughly(wait)}`;
 }
 
 function remaining(job) {
@@ -66,7 +66,7 @@ function remaining(job) {
   if (!began || job.step < began.step) began = { step: job.step, at: now };
   if (job.step <= began.step) return "";
   const left = ((now - began.at) / (job.step - began.step)) * (job.total - job.step) / 1000;
-  return left > 0.8 ? `about ${seconds(left)} left` : "";
+  return left > 0.8 ? `about ${roughly(left)} left` : "";
 }
 
 /** Shows an unfinished picture. */

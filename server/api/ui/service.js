@@ -1,5 +1,5 @@
 // The state of the service: workers, running and waiting jobs, of every pool.
-import { $, count, el, seconds, sleep } from "./dom.js";
+import { $, count, el, roughly, sleep } from "./dom.js";
 import { getJson, hasKey } from "./http.js";
 import { drawOpenJobs } from "./open-jobs.js";
 
@@ -41,7 +41,7 @@ function details(pool) {
     ["waiting", `${pool.queued} of at most ${pool.queue_limit}`],
   ];
   if (pools.length > 1) rows.unshift(["pool", pool.pool]);
-  if (pool.queued && pool.work_s !== null) rows.push(["done with them", `in about ${seconds(pool.work_s)}`]);
+  if (pool.queued && pool.work_s !== null) rows.push(["done with them", `in about ${roughly(pool.work_s)}`]);
   const list = el("dl", { className: "facts" });
   for (const [name, value] of rows) list.append(el("dt", { textContent: name }), el("dd", { textContent: value }));
   return list;
