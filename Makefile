@@ -7,7 +7,8 @@ STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue bench-api chaos lint
+.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue bench-api chaos \
+  screenshot lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -74,3 +75,6 @@ bench-api: $(STAMP) ## what API and queue add to a picture, at 20 requests a sec
 
 chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kill redis" for some)
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+screenshot: $(STAMP) ## docs/images/playground.png anew (needs a Chromium)
+	$(BIN)/python -m tests.playground.screenshot $(ARGS)

@@ -3,19 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from pathlib import Path
 
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
-from starlette.responses import FileResponse
-from starlette.staticfiles import StaticFiles
 
-from server.api import admin, events, generate, health, jobs, openai, usage
+from server.api import admin, events, generate, health, jobs, openai, state, usage
 from server.api.auth import authenticate
 from server.api.context import ApiContext
 from server.api.image_links import ImageLinks
 from server.api.middleware import RequestGuard, WholeAnswers
 from server.api.openapi import describe
+from server.api.page import add_pages
 from server.api.problems import HANDLERS
 from server.api.rates import Rates
 from server.api.webhook_targets import WebhookGuard
@@ -27,19 +25,10 @@ from server.queue.connection import end_tasks
 from server.queue.jobs import JobQueue, open_queue
 from server.queue.upkeep import Upkeep
 
-UI_FOLDER = Path(__file__).parent / "ui"
-REFERENCE_FOLDER = Path(__file__).parent / "reference"
 ROUTERS = (
     generate.router, jobs.listing, jobs.router, events.router, openai.router, health.router,
-    usage.router, admin.router,
+    usage.router, state.router, admin.router,
 )  # fmt: skip
-PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; "
-    "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 def create_app(
@@ -91,19 +80,8 @@ def create_app(
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
     for router in ROUTERS:
         app.include_router(router)
-    app.add_api_route("/", _page, include_in_schema=False)
-    app.mount("/ui", StaticFiles(directory=UI_FOLDER))
-    app.add_api_route("/docs", _reference, include_in_schema=False)
-    app.mount("/docs", StaticFiles(directory=REFERENCE_FOLDER))
+    add_pages(app)
     return app
-
-
-async def _page() -> FileResponse:
-    return FileResponse(UI_FOLDER / "index.html", headers=PAGE_HEADERS)
-
-
-async def _reference() -> FileResponse:
-    return FileResponse(REFERENCE_FOLDER / "index.html", headers=PAGE_HEADERS)
 
 
 def _lifespan(

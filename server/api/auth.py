@@ -21,8 +21,8 @@ OPEN_PATHS = frozenset({"/", "/docs", "/livez", "/readyz", "/startupz"})
 ADMIN_PREFIX = "/admin"
 
 _IMAGE = re.compile(r"/jobs/[^/]+/images/[^/]+")
-# Asking after one's own job is free: a client that polls would have no requests left to submit.
-_UNCOUNTED = re.compile(r"/jobs/[^/]+(/.*)?|/usage")
+# Asking how things stand is free: a client that polls would have no requests left to submit.
+_UNCOUNTED = re.compile(r"/jobs(/.*)?|/state|/usage")
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,10 @@ class JobReader(RedisLine):
         """Return the number of queued jobs of a pool."""
         return int(await self.ask(self.redis.zcard(keys.queued(pool))))
 
+    async def queued_work_ms(self, pool: str = DEFAULT_POOL) -> int:
+        """Return the estimated device time of the queued jobs of a pool."""
+        return sum(map(int, await self.ask(self.redis.hvals(keys.work(pool)))))
+
     async def open_jobs(self, tenant: str = DEFAULT_TENANT) -> int:
         """Return the number of a tenant's jobs that have not ended."""
         return int(await self.ask(self.redis.zcard(keys.open_jobs(tenant))))

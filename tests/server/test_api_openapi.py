@@ -12,11 +12,12 @@ from pydantic import BaseModel
 
 from server.api import admin, examples
 from server.api.answers import JobAnswer
-from server.api.app import REFERENCE_FOLDER, create_app
+from server.api.app import create_app
 from server.api.health import Offer
 from server.api.jobs import JobList
 from server.api.openai_errors import OpenAIError
 from server.api.openai_schemas import ImagesAnswer, ImagesBody, ModelAnswer, native_body
+from server.api.page import REFERENCE_FOLDER
 from server.api.problems import STATUSES, TITLES, TYPE_PREFIX, Problem
 from server.api.schemas import GenerateBody, parse_body, parse_generate
 from server.api.usage import UsageAnswer
