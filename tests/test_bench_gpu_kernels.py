@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.bench_gpu_kernels import begun, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,12 +24,15 @@ def bench(*options):
     )
 
 
-@pytest.mark.slow
-def test_without_a_gpu_it_says_so_in_one_line():
-    done = bench()
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "bench_gpu_kernels: there is no CUDA device here (--smoke runs on a CPU)\n"
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_gpu_kernels"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == (
+        "",
+        "bench_gpu_kernels: there is no CUDA device here (--smoke runs on a CPU)\n",
     )
 
 
@@ -60,8 +66,6 @@ def test_the_whole_path_in_miniature_stops_and_goes_on(tmp_path):
 
 
 def test_rows_of_another_machine_or_revision_do_not_count(tmp_path):
-    from benchmarks.bench_gpu_kernels import begun
-
     around = {"device": "a GPU", "git_revision": "one"}
     report = {**around, "complete": False, "tests": {"passed": True}, "rows": [{"case": "x"}]}
     (tmp_path / "name.json").write_text(json.dumps(report))

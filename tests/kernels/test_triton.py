@@ -13,7 +13,7 @@ from tests.kernels.operators import BY_TOKEN, EPS, OPERATORS, listed
 from tests.kernels.yardstick import draw, error
 
 FP32, BF16 = torch.float32, torch.bfloat16
-SHAPES = [(5, 10), (7, 123), (9, 96), (3, 2304), (1, 96), (1, 1), (0, 96)]
+SHAPES = [(5, 10), (7, 123), (5, 96), (2, 2304), (1, 96), (1, 1), (0, 96)]
 FLOOR = 1.2e-7  # relative: two roundings to fp32, where a few numbers say nothing of an average
 DEVICES = [
     pytest.param(
@@ -65,7 +65,7 @@ def test_fp32_error_is_at_most_twice_that_of_the_reference(name, shape, device):
 @every_operator
 @pytest.mark.parametrize("wide", [BF16, FP32], ids=["bf16", "mixed"])
 def test_narrow_error_is_at_most_twice_that_of_the_reference(name, wide, device):
-    for shape in ((7, 123), (9, 96), (3, 2304)):
+    for shape in ((4, 123), (3, 2304)):
         inputs = drawn(name, *shape, narrow=BF16, wide=wide, device=device)
         if device == "cuda":
             check_error(name, inputs)
