@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import kernels.dispatch
 from model.cache_config import load_cache_config
 from model.checkpoint import (
     PICKLES,
@@ -73,7 +74,7 @@ def load_pipeline(
 
     Raises:
         CheckpointError: one line naming the file and the fault.
-        ValueError: one sentence on the precision, or on an attention backend that is forced.
+        ValueError: one sentence on the precision, or on a forced attention backend or kernels.
     """
     folder = Path(folder)
     chosen = Precision(dtype, dtype) if precision is None else precision_named(precision)
@@ -96,6 +97,7 @@ def load_pipeline(
     )
     _check_fit(dit, vae, text_encoder)
     _ = dit.attention  # chosen, and refused, now rather than at the first picture
+    kernels.dispatch.settle(dit.device)
     generation_config = load_generation_config(
         folder,
         shift=shift,

@@ -16,7 +16,9 @@ SECRET_PREFIX = "whsec_"
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 # Variables of the build, the model library and the command line, read elsewhere.
-FOREIGN_VARIABLES = frozenset({"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION", "LUMINA_API_KEY"})
+FOREIGN_VARIABLES = frozenset(
+    {"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION", "LUMINA_KERNELS", "LUMINA_API_KEY"}
+)
 
 
 class SettingsError(ValueError):
