@@ -1,4 +1,4 @@
-"""The modulated blocks through `torch.compile`: one graph whatever the number and length of sequences.
+"""The modulated blocks through `torch.compile`: one graph for sequences of any number and length.
 
 Attention is one opaque operator in that graph. Which sequences there are decides what an attention
 backend does (its kernel, a call per length, a mask on the host), and none of that may become part
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from model.attention import Attend
-from model.layers import Block, Folded
+from model.layers import Folded
 from model.stack import EagerStack, StackInput
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class CompiledStack:
         self._eager = EagerStack()
         self._compiled = torch.compile(_run, fullgraph=True, backend=backend)
 
-    def __call__(self, blocks: Sequence[nn.Module], given: StackInput) -> Tensor:
+    def __call__(self, blocks: nn.ModuleList, given: StackInput) -> Tensor:
         """See `StackRunner`."""
         if self.broken or not compilable(given):
             return self._eager(blocks, given)
@@ -84,7 +84,7 @@ class CompiledStack:
             log.warning("torch.compile failed, computing eagerly: %s", _first_line(error))
             return self._eager(blocks, given)
 
-    def _run(self, blocks: Sequence[nn.Module], given: StackInput) -> Tensor:
+    def _run(self, blocks: nn.ModuleList, given: StackInput) -> Tensor:
         assert given.folded is not None
         hidden, rest = given.hidden, (given.cos, given.sin, given.sequence_index)
         for tensor in (hidden, *rest):
@@ -111,7 +111,7 @@ def compilable(given: StackInput) -> bool:
 
 
 def _run(
-    blocks: tuple[Block, ...],
+    blocks: tuple[nn.Module, ...],
     hidden: Tensor,
     cos: Tensor,
     sin: Tensor,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from model.acceleration import accelerate
 from model.cache_config import load_cache_config
 from model.checkpoint import (
     PICKLES,
@@ -27,6 +28,7 @@ from model.lora_registry import LoraRegistry
 from model.next_dit import NextDiT
 from model.pipeline import Pipeline
 from model.precision import Precision, precision_named
+from model.quantize import check_quantize, quantize_fp8
 from model.request import SIZE_MULTIPLE
 from model.text_encoder import MAX_TOKENS, TextEncoder
 from model.vae import VAE
@@ -60,6 +62,9 @@ def load_pipeline(
     precision: str | None = None,
     merged_loras: Sequence[tuple[Path, float]] = (),
     lora_dir: Path | None = None,
+    compile: str = "off",
+    quantize: str = "none",
+    graph_tokens: int = 0,
 ) -> Pipeline:
     """Load a checkpoint folder; its `manifest.json`, where present, is verified first.
 
@@ -70,14 +75,19 @@ def load_pipeline(
         precision: a name of `model.precision.PRECISIONS`; where given, `dtype` does not count.
         merged_loras: LoRA files and factors, added to the transformer's weights for good.
         lora_dir: a folder of LoRA files that requests may name (`GenerationRequest.loras`).
+        compile: `off`, `blocks` or `full`, see `model.acceleration.accelerate`.
+        quantize: `none` or `fp8`, see `model.quantize`.
+        graph_tokens: largest step that is replayed as a CUDA graph; 0: none.
 
     Raises:
         CheckpointError: one line naming the file and the fault.
-        ValueError: one sentence on the precision, or on an attention backend that is forced.
+        ValueError: one sentence on the precision, on what the device cannot do, or on an attention
+            backend that is forced.
     """
     folder = Path(folder)
     chosen = Precision(dtype, dtype) if precision is None else precision_named(precision)
     dtype = chosen.weights
+    check_quantize(quantize, device, dtype)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint folder")
     _check_index(folder)
@@ -87,6 +97,8 @@ def load_pipeline(
         folder / "transformer", device=device, dtype=dtype, residual_dtype=chosen.residual
     )
     merge_loras(dit, [(open_lora(path, dit.config), factor) for path, factor in merged_loras])
+    if quantize == "fp8":
+        quantize_fp8(dit)
     vae = VAE.from_pretrained(folder / "vae", device=device, dtype=dtype)
     text_encoder = TextEncoder.from_pretrained(
         folder,
@@ -96,6 +108,7 @@ def load_pipeline(
     )
     _check_fit(dit, vae, text_encoder)
     _ = dit.attention  # chosen, and refused, now rather than at the first picture
+    accelerate(dit, compile=compile, graph_tokens=graph_tokens)
     generation_config = load_generation_config(
         folder,
         shift=shift,

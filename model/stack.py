@@ -1,16 +1,15 @@
 """A run of modulated blocks on packed tokens, and who computes it.
 
-The network says what is computed (`StackInput`); a runner says how: block after block as here, compiled
-(`model/compiled.py`), or replayed from a CUDA graph (`model/graphs.py`).
+The network says what is computed (`StackInput`); a runner says how: block after block as here,
+compiled (`model/compiled.py`), or replayed from a CUDA graph (`model/graphs.py`).
 
 Shapes: T = tokens of all sequences, n = sequences, u = rows of modulation, d = width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -44,7 +43,7 @@ class StackRunner(Protocol):
 
     min_rows: int
 
-    def __call__(self, blocks: Sequence[nn.Module], given: StackInput, /) -> Tensor:
+    def __call__(self, blocks: nn.ModuleList, given: StackInput, /) -> Tensor:
         """``[T, d]`` after the last block, in no memory that a later call writes to."""
 
 
@@ -53,7 +52,7 @@ class EagerStack:
 
     min_rows = 1
 
-    def __call__(self, blocks: Sequence[nn.Module], given: StackInput) -> Tensor:
+    def __call__(self, blocks: nn.ModuleList, given: StackInput) -> Tensor:
         """See `StackRunner`."""
         hidden = given.hidden
         for number, block in enumerate(blocks):
@@ -67,4 +66,4 @@ class EagerStack:
                 None if given.folded is None else given.folded[number],
                 given.adapted,
             )
-        return cast(Tensor, hidden)
+        return hidden
