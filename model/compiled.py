@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch._dynamo as dynamo
@@ -66,7 +67,9 @@ class CompiledStack:
 
     min_rows = 2  # a size of 1 would be compiled by itself
 
-    def __init__(self, *, whole: bool = False, backend: str = "inductor") -> None:
+    def __init__(
+        self, *, whole: bool = False, backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
         self.whole = whole
         self.broken = False
         self._eager = EagerStack()
@@ -81,7 +84,7 @@ class CompiledStack:
                 return self._run(blocks, given)
         except TorchDynamoException as error:
             self.broken = True
-            log.warning("torch.compile failed, computing eagerly: %s", _first_line(error))
+            log.warning("torch.compile failed, computing eagerly: %s", _reason(error))
             return self._eager(blocks, given)
 
     def _run(self, blocks: nn.ModuleList, given: StackInput) -> Tensor:
@@ -129,6 +132,7 @@ def _mark_rows(pair: Folded) -> None:
         dynamo.mark_dynamic(rows, 0)
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".strip()
+def _reason(error: Exception) -> str:
+    """One line: the compiler's first says who failed, its second why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join([f"{type(error).__name__}:", *lines[:2]])

@@ -168,6 +168,7 @@ class GraphedStack:
         backend: of attention; it must read lengths on the device.
         limit: tokens of the largest batch that is replayed.
         make_graph: an empty graph.
+        max_graphs: of each stack.
     """
 
     def __init__(
@@ -176,13 +177,14 @@ class GraphedStack:
         backend: Backend,
         limit: int,
         make_graph: Callable[[], Graph] = CudaGraph,
+        max_graphs: int = MAX_GRAPHS,
     ) -> None:
         assert backend.lengths_on_device
         self.min_rows = inner.min_rows
         self.broken = False
         self.num_captures = 0
         self._inner, self._backend, self._make_graph = inner, backend, make_graph
-        self._limit = limit
+        self._limit, self._max_graphs = limit, max_graphs
         self._stacks: dict[int, _StackGraphs] = {}
 
     def __call__(self, blocks: nn.ModuleList, given: StackInput) -> Tensor:
@@ -234,7 +236,7 @@ class GraphedStack:
         return direct
 
     def _make_room(self, stack: _StackGraphs) -> None:
-        while len(stack.graphs) >= MAX_GRAPHS:
+        while len(stack.graphs) >= self._max_graphs:
             stack.graphs.popitem(last=False)
 
     def _give_up(self, reason: str) -> None:

@@ -176,8 +176,12 @@ def worker(
     from server.worker.loading import Speed, load_model
     from server.worker.main import run_worker
 
-    loras = {"merged_loras": lora or (), "lora_dir": settings.lora_dir}
-    load = partial(load_model, **loras, speed=Speed.of(settings))
+    load = partial(
+        load_model,
+        merged_loras=lora or (),
+        lora_dir=settings.lora_dir,
+        speed=Speed.of(settings),
+    )
     return run_worker(settings, folder, pool=pool, load=load, token_fd=token_fd)
 
 
