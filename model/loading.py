@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+import kernels.dispatch
 from model.acceleration import accelerate
 from model.cache_config import load_cache_config
 from model.checkpoint import (
@@ -81,8 +82,8 @@ def load_pipeline(
 
     Raises:
         CheckpointError: one line naming the file and the fault.
-        ValueError: one sentence on the precision, on what the device cannot do, or on an attention
-            backend that is forced.
+        ValueError: one sentence on the precision, on what the device cannot do, or on a forced
+            attention backend or kernels.
     """
     folder = Path(folder)
     chosen = Precision(dtype, dtype) if precision is None else precision_named(precision)
@@ -108,6 +109,7 @@ def load_pipeline(
     )
     _check_fit(dit, vae, text_encoder)
     _ = dit.attention  # chosen, and refused, now rather than at the first picture
+    kernels.dispatch.settle(dit.device)
     accelerate(dit, compile=compile, graph_tokens=graph_tokens)
     generation_config = load_generation_config(
         folder,
