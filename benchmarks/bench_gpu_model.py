@@ -34,15 +34,14 @@ from model.config import NextDiTConfig
 if TYPE_CHECKING:
     from benchmarks.gpu_model_sides import Case, Ours, Theirs, World
 
+TRAINING = "training step"
 NO_GPU = "bench-gpu-model: there is no CUDA device here (--smoke walks through on a CPU)"
 NO_DIFFUSERS = "bench-gpu-model: diffusers is not installed; give --diffusers-wheels DIR"
 SMOKE = NextDiTConfig(
     hidden_size=48, num_layers=2, num_refiner_layers=1, num_attention_heads=4, num_kv_heads=2,
     multiple_of=16, axes_dim_rope=(4, 4, 4), cap_feat_dim=32,
 )  # fmt: skip
-MIN_SIDE_S = 0.3  # of calls that one row times on each side at least
-MAX_ERROR = 0.03  # relative L2 of our velocities against diffusers', bf16; fp8 has its own
-MAX_FP8_ERROR = 0.5  # random weights: that it is not noise
+MAX_FP8_ERROR = 0.5  # relative L2 of velocities with random weights: that they are not noise
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Plan:
         steps: of whole pictures.
         peak_side: of the matrix product that MFU is counted against.
         compile: what the compiled sides compile; `off` where the walk-through should be short.
+        max_error: relative L2 of our velocities against diffusers'.
+        side_s: seconds of calls that a row times on each side.
     """
 
     config: NextDiTConfig
@@ -64,6 +65,8 @@ class Plan:
     steps: int
     peak_side: int
     compile: str
+    max_error: float
+    side_s: float
 
 
 FULL = Plan(
@@ -73,8 +76,10 @@ FULL = Plan(
     50,
     8192,
     "blocks",
+    max_error=0.03,
+    side_s=0.5,
 )
-WALK = Plan(SMOKE, torch.float32, ((64, 1), (32, 2)), 4, 256, "off")
+WALK = Plan(SMOKE, torch.float32, ((64, 1), (32, 2)), 4, 256, "off", max_error=2e-5, side_s=0.0)
 
 
 class Report:
@@ -100,24 +105,23 @@ class Report:
 
 def our_sides(plan: Plan, on_gpu: bool) -> list[Ours]:
     """What is tried of ours for a step, the most telling first."""
-    import kernels.dispatch
     from benchmarks.gpu_model_sides import Ours
+    from kernels.dispatch import DEFAULTS
 
-    names = list(kernels.dispatch.DEFAULTS)
-    none, all_on = dict.fromkeys(names, False), dict.fromkeys(names, True)
+    every = tuple(DEFAULTS)
     sides = [
-        Ours("ours, lossless", plan.compile, none),
-        Ours("ours, eager, no kernel", "off", none),
-        Ours("ours, eager, all kernels", "off", all_on),
-        *(Ours(f"ours, kernel {name}", plan.compile, {**none, name: True}) for name in names),
-        Ours("ours, all kernels", plan.compile, all_on),
-        Ours("ours, fp32 stream", plan.compile, none, wide=True),
+        Ours("ours, lossless", plan.compile),
+        Ours("ours, eager, no kernel"),
+        Ours("ours, eager, all kernels", kernels=every),
+        *(Ours(f"ours, kernel {name}", plan.compile, (name,)) for name in every),
+        Ours("ours, all kernels", plan.compile, every),
+        Ours("ours, fp32 stream", plan.compile, wide=True),
     ]
     if on_gpu:
-        sides[1:1] = [Ours("ours, CUDA graphs", plan.compile, none, graphs=True)]
+        sides[1:1] = [Ours("ours, CUDA graphs", plan.compile, graphs=True)]
         sides += [
-            Ours("ours, cuDNN attention", plan.compile, none, attention="cudnn"),
-            Ours("ours, fp8", plan.compile, none, fp8=True),
+            Ours("ours, cuDNN attention", plan.compile, attention="cudnn"),
+            Ours("ours, fp8", plan.compile, fp8=True),
         ]
     return sides
 
@@ -165,7 +169,7 @@ def check(found: list[torch.Tensor], expected: list[torch.Tensor], limit: float)
 
 
 def in_turns(
-    sides: dict[str, Callable[[], Any]], device: torch.device, rounds: int | None = None
+    sides: dict[str, Callable[[], Any]], device: torch.device, side_s: float = 0.0
 ) -> dict[str, Any]:
     """`compared` of calls that each end with the device idle; the first side is the baseline."""
 
@@ -177,9 +181,10 @@ def in_turns(
         return run
 
     timed = {name: waiting(call) for name, call in sides.items()}
-    if rounds is None:
+    rounds = 1
+    if side_s:
         slowest = max(s for each in measure(timed, 1, warm_up=2).values() for s, _ in each)
-        rounds = max(3, min(50, round(MIN_SIDE_S / slowest / 2)))
+        rounds = max(3, min(50, round(side_s / slowest / 2)))
     return compared(measure(timed, rounds))
 
 
@@ -187,9 +192,10 @@ def step_row(world: World, plan: Plan, case: Case, side: Ours | Theirs) -> dict[
     """A step of a case by this side, against the base side."""
     base = base_side(plan)
     calls = {base.name: world.step(base, case), side.name: world.step(side, case)}
-    limit = MAX_FP8_ERROR if getattr(side, "fp8", False) else MAX_ERROR
+    limit = MAX_FP8_ERROR if getattr(side, "fp8", False) else plan.max_error
     error = check(calls[side.name](), calls[base.name](), limit)
-    return with_rates(in_turns(calls, world.device), base.name, side.name, 2 * case.pictures) | {
+    taken = in_turns(calls, world.device, plan.side_s)
+    return with_rates(taken, base.name, side.name, 2 * case.pictures) | {
         "relative_l2": error,
         "flops": forward_flops(plan.config, case.sequences),
         "fault": world.fault(side),
@@ -210,7 +216,7 @@ def picture_row(
     calls = {base.name: world.their_picture(base, case, plan.steps), side.name: ours}
     for call in calls.values():
         call()
-    row = with_rates(in_turns(calls, world.device, rounds=1), base.name, side.name, None)
+    row = with_rates(in_turns(calls, world.device), base.name, side.name, None)
     return row | {"nfe": drawn["state"].nfe, "fault": world.fault(side)}
 
 
@@ -241,6 +247,9 @@ def run(plan: Plan, device: torch.device, report: Report, minutes: float) -> Non
     if "peak" not in report.rows:
         peak = matmul_peak(device, plan.dtype, plan.peak_side)
         report.add("peak", {"tflops": peak / 1e12, "side": plan.peak_side})
+    if TRAINING not in report.rows:  # first, as it needs the memory
+        report.add(TRAINING, training_row(plan, device))
+        print(line_of(report.rows[TRAINING], report.rows["peak"]["tflops"]), flush=True)
     if not todo:
         return
     with tempfile.TemporaryDirectory() as scratch:
@@ -269,6 +278,26 @@ def row_of(world: World, plan: Plan, case: Case, side: Ours | Theirs, how: Any) 
         return {"fault": reason[0] if reason else type(error).__name__}
 
 
+def training_row(plan: Plan, device: torch.device) -> dict[str, Any]:
+    """A training step on one picture of the first size, against nothing."""
+    from benchmarks.gpu_model_sides import Case, TrainingStep
+
+    case = Case(plan.cases[0][0], 1)
+    row: dict[str, Any] = {"case": case.name, "what": "training step", "side": "ours, eager, AdamW"}
+    try:
+        step = TrainingStep(plan.config, device, case)
+        taken = in_turns({"step": step}, device, plan.side_s)["step"]
+    except (RuntimeError, ValueError) as error:
+        return row | {"fault": str(error).strip().splitlines()[0]}
+    sequences = case.sequences[:1]
+    return row | {
+        "median_ms": 1000 * taken["median_s"],
+        "range_ms": [1000 * s for s in taken["range_s"]],
+        "calls": taken["calls"],
+        "flops": 3 * forward_flops(plan.config, sequences),  # the backward is twice the forward
+    }
+
+
 def key_of(case: Case, side: Ours | Theirs, what: str) -> str:
     """A row's name."""
     return f"{case.name}, {what}: {side.name}"
@@ -283,7 +312,9 @@ def line_of(row: dict[str, Any], peak_tflops: float) -> str:
     if "flops" in row:
         mfu = f"{100 * row['flops'] / row['median_ms'] / 1e9 / peak_tflops:5.1f} %"
     each = f"{row['ms_per_evaluation']:9.2f}" if "ms_per_evaluation" in row else " " * 9
-    times = f"{row['median_ms']:10.2f}{each}{mfu:>8}{row['speed_up']:8.2f}x of {row['base']}"
+    times = f"{row['median_ms']:10.2f}{each}{mfu:>8}"
+    if "base" in row:
+        times += f"{row['speed_up']:8.2f}x of {row['base']}"
     nfe = f", {row['nfe']} evaluations" if "nfe" in row else ""
     return head + times + nfe + (f" ({row['fault']})" if row.get("fault") else "")
 
@@ -334,8 +365,8 @@ def main(argv: list[str] | None = None) -> int:
         logging.getLogger("xformers").setLevel(logging.ERROR)
         device = torch.device("cpu" if options.smoke else "cuda")
         plan = WALK if options.smoke else FULL
-        # Every way to run the blocks is a graph of the same function.
-        torch._dynamo.config.recompile_limit = 64
+        if plan.compile != "off":  # every way to run the blocks is a graph of the same function
+            torch._dynamo.config.recompile_limit = 64
         around = surroundings(device.type) | {"smoke": options.smoke}
         name = "-".join(around["device"].lower().split())
         path = options.out or RESULTS / f"bench_gpu_model-{name}.json"

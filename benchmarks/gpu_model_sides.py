@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import kernels.dispatch
+from kernels import dispatch
 from model.acceleration import accelerate
 from model.attention.registry import VARIABLE as ATTENTION
 from model.config import NextDiTConfig
@@ -61,15 +61,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Ours:
-    """One way to run our network; `switches` forces Triton kernels on or off."""
+    """One way to run our network; of the Triton kernels those named are on."""
 
     name: str
     compile: str = "off"
-    switches: Mapping[str, bool] = field(default_factory=dict)
+    kernels: tuple[str, ...] = ()
     graphs: bool = False
     fp8: bool = False
     wide: bool = False  # an fp32 residual stream: precision `mixed`
     attention: str = ""
+
+    @property
+    def switches(self) -> dict[str, bool]:
+        """For every operator whether its kernel is on."""
+        return {name: name in self.kernels for name in dispatch.DEFAULTS}
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,9 @@ class World:
         self, config: NextDiTConfig, device: torch.device, dtype: torch.dtype, scratch: Path
     ) -> None:
         from diffusers import Lumina2Transformer2DModel
+        from diffusers.utils import logging as diffusers_logging
 
+        diffusers_logging.set_verbosity_error()
         self.config, self.device, self.dtype = config, device, dtype
         torch.manual_seed(0)
         arguments = {k: v for k, v in config.to_dict().items() if not k.startswith("_")}
@@ -125,7 +132,7 @@ class World:
         os.environ[ATTENTION] = side.attention or before
         dit.residual_dtype = torch.float32 if side.wide else None
         try:
-            with kernels.dispatch.forced(**side.switches):
+            with dispatch.forced(**side.switches):
                 if side not in self._runners:
                     tokens = GRAPH_TOKENS if side.graphs else 0
                     accelerate(dit, compile=side.compile, graph_tokens=tokens)
@@ -253,6 +260,33 @@ class World:
                 return state
 
         return draw
+
+
+class TrainingStep:
+    """AdamW on fp32 weights, arithmetic in bf16 on a GPU; one picture, no checkpointing."""
+
+    @torch.inference_mode(False)
+    def __init__(self, config: NextDiTConfig, device: torch.device, case: Case) -> None:
+        torch.manual_seed(0)
+        with torch.device(device):
+            self._dit = NextDiT(config)
+        self._optimizer = torch.optim.AdamW(self._dit.parameters(), lr=1e-4)
+        side = case.pixels // 8
+        self._latents = torch.randn(config.in_channels, side, side, device=device)
+        self._embeds = torch.randn(CAPTION, config.cap_feat_dim, device=device)
+        self._autocast = torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda")
+
+    @torch.inference_mode(False)
+    @torch.enable_grad()
+    def __call__(self) -> Tensor:
+        """Forward, backward, update; returns the loss."""
+        with self._autocast:
+            (velocity,) = self._dit([self._latents], torch.tensor([TIMESTEP]), [self._embeds])
+            loss: Tensor = (velocity.float() - self._latents).square().mean()
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return loss.detach()
 
 
 class Inputs:

@@ -5,12 +5,15 @@ import signal
 from functools import partial
 
 import pytest
+import torch
 
 from model.stack import EagerStack
 from server.config import Settings
 from server.worker.loading import CACHE_VARIABLES, Speed, keep_compiled, load_model
 from server.worker.main import run_worker
 from tests.tiny_checkpoint import make_tiny_checkpoint
+
+on_a_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="what a worker without GPU does")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +37,7 @@ def test_settings_say_what_is_done_for_speed(tmp_path, monkeypatch):
     assert Speed.of(Settings(data_dir=tmp_path)) == Speed("full", "fp8", 0, tmp_path / "compiled")
 
 
+@on_a_cpu
 @pytest.mark.usefixtures("no_cache_variables")
 def test_nothing_is_compiled_on_a_cpu_unless_asked_for(folder, tmp_path):
     model = load_model(folder, speed=Speed("auto", cache_dir=tmp_path / "compiled"))
@@ -61,6 +65,7 @@ def test_a_cache_directory_of_the_environment_wins_and_one_that_cannot_be_made_i
     assert "compiled code is not kept" in caplog.text
 
 
+@on_a_cpu
 @pytest.mark.usefixtures("kept_logging")
 def test_fp8_without_a_device_that_has_it_is_misuse_in_one_line(folder, tmp_path, capsys):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
