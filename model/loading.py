@@ -85,21 +85,11 @@ def load_pipeline(
         ValueError: one sentence on the precision, on what the device cannot do, or on a forced
             attention backend or kernels.
     """
-    folder = Path(folder)
     chosen = Precision(dtype, dtype) if precision is None else precision_named(precision)
-    dtype = chosen.weights
+    dtype, folder = chosen.weights, Path(folder)
     check_quantize(quantize, device, dtype)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such checkpoint folder")
-    _check_index(folder)
-    verify_manifest(folder)
-    shift = _read_shift(folder / "scheduler" / "scheduler_config.json")
-    dit = NextDiT.from_pretrained(
-        folder / "transformer", device=device, dtype=dtype, residual_dtype=chosen.residual
-    )
-    merge_loras(dit, [(open_lora(path, dit.config), factor) for path, factor in merged_loras])
-    if quantize == "fp8":
-        quantize_fp8(dit)
+    shift = _check_folder(folder)
+    dit = _load_network(folder / "transformer", device, chosen, merged_loras, quantize)
     vae = VAE.from_pretrained(folder / "vae", device=device, dtype=dtype)
     text_encoder = TextEncoder.from_pretrained(
         folder,
@@ -125,6 +115,34 @@ def load_pipeline(
         loras=None if lora_dir is None else LoraRegistry(lora_dir, dit),
         cache_config=load_cache_config(folder),
     )
+
+
+def _check_folder(folder: Path) -> float:
+    """Refuse what is no checkpoint, or a damaged one, before its weights are read.
+
+    Returns the resolution shift of its schedule.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such checkpoint folder")
+    _check_index(folder)
+    verify_manifest(folder)
+    return _read_shift(folder / "scheduler" / "scheduler_config.json")
+
+
+def _load_network(
+    folder: Path,
+    device: str | torch.device,
+    precision: Precision,
+    merged_loras: Sequence[tuple[Path, float]],
+    quantize: str,
+) -> NextDiT:
+    dit = NextDiT.from_pretrained(
+        folder, device=device, dtype=precision.weights, residual_dtype=precision.residual
+    )
+    merge_loras(dit, [(open_lora(path, dit.config), factor) for path, factor in merged_loras])
+    if quantize == "fp8":
+        quantize_fp8(dit)
+    return dit
 
 
 def _check_index(folder: Path) -> None:

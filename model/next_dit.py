@@ -167,28 +167,21 @@ class NextDiT(nn.Module):
         grids = [self._grid(x) for x in latents]
         image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
         adapted = Adapted.of(own, lengths)
-        time_embedding = None
+        rows, time_embedding = None, None
         if modulation is None:
-            places = upload(torch.tensor(order, device="cpu"), self.device)
-            times = upload(timesteps, self.device)[places]
-            time_embedding = F.silu(self.time_embedder(times, adapted.sequences))
-        rows = None if modulation is None else [modulation.rows[i] for i in order]
+            time_embedding = self._time_embedding(timesteps, order, adapted)
+        else:
+            rows = [modulation.rows[i] for i in order]
 
         image_layout = Layout.of(lengths, self.device)
-        image = self.run_stack(
-            self.noise_refiner,
-            StackInput(
-                hidden=self.x_embedder(self._patchify(latents), adapted.tokens),
-                layout=image_layout,
-                attend=self.attention.plan(image_layout),
-                cos=torch.cat(image_cos),
-                sin=torch.cat(image_sin),
-                sequence_index=image_layout.sequence_index(rows),
-                time_embedding=time_embedding,
-                folded=None if modulation is None else modulation.noise_refiner,
-                adapted=adapted,
-            ),
+        index, attend = image_layout.sequence_index(rows), self.attention.plan(image_layout)
+        image = self.x_embedder(self._patchify(latents), adapted.tokens)
+        cos, sin = torch.cat(image_cos), torch.cat(image_sin)
+        folded = None if modulation is None else modulation.noise_refiner
+        given = StackInput(
+            image, image_layout, attend, cos, sin, index, time_embedding, folded, adapted
         )
+        image = self.run_stack(self.noise_refiner, given)
 
         caption_tables = [self.rotary.caption(c.shape[0], self.device) for c in contexts]
         layout = Layout.of(
@@ -265,6 +258,12 @@ class NextDiT(nn.Module):
         for place, sequence, grid in zip(packed.order, sequences, packed.grids, strict=True):
             velocities[place] = self._unpatchify(sequence[-grid[0] * grid[1] :], grid)
         return [v for v in velocities if v is not None]
+
+    def _time_embedding(self, timesteps: Tensor, order: Sequence[int], adapted: Adapted) -> Tensor:
+        """What modulations are made of, ``[n, e]``, in the packed order."""
+        places = upload(torch.tensor(order, device="cpu"), self.device)
+        times = upload(timesteps, self.device)[places]
+        return F.silu(self.time_embedder(times, adapted.sequences))
 
     def _check_batch(
         self, latents: Sequence[Tensor], timesteps: Tensor, contexts: Sequence[Tensor]
