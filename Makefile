@@ -3,11 +3,14 @@
 
 PYTHONS ?= python3 python3.12 python3.11
 BIN := .venv/bin
+# Benchmarks on a GPU install nothing: a machine without network has what it has.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test test-slow fmt bench bench-gpu-model bench-scheduler bench-queue chaos lint
+.PHONY: help install serve check test test-slow fmt bench bench-gpu-model bench-gpu-kernels \
+	bench-scheduler bench-queue chaos lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -71,6 +74,9 @@ bench-scheduler: $(STAMP) ## FIFO, round-robin and our policy in simulated time 
 
 bench-queue: $(STAMP) ## jobs a second through the queue without a model, and what each call costs
 	$(BIN)/python -m benchmarks.bench_queue $(ARGS)
+
+bench-gpu-kernels: ## on a GPU: the tests that need one, then each Triton kernel (at most 10 minutes)
+	$(GPU_PYTHON) -m benchmarks.bench_gpu_kernels $(ARGS)
 
 chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kill redis" for some)
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -238,8 +238,8 @@ def with_rates(
 
 
 @torch.inference_mode()
-def run(plan: Plan, device: torch.device, report: Report, minutes: float) -> None:
-    """Every row that is not there yet, as long as there is time."""
+def run(plan: Plan, device: torch.device, report: Report, minutes: float) -> bool:
+    """Every row that is not there yet, as long as there is time; returns whether there was."""
     from benchmarks.gpu_model_sides import World
 
     ends = time.monotonic() + 60 * minutes
@@ -251,17 +251,18 @@ def run(plan: Plan, device: torch.device, report: Report, minutes: float) -> Non
         report.add(TRAINING, training_row(plan, device))
         print(line_of(report.rows[TRAINING], report.rows["peak"]["tflops"]), flush=True)
     if not todo:
-        return
+        return True
     with tempfile.TemporaryDirectory() as scratch:
         world = World(plan.config, device, plan.dtype, Path(scratch))
         for case, side, what, how in todo:
             key = key_of(case, side, what)
             if time.monotonic() > ends:
                 print(f"out of time before: {key} (run again to go on)", flush=True)
-                return
+                return False
             row = row_of(world, plan, case, side, how)
             report.add(key, {"case": case.name, "what": what, "side": side.name, **row})
             print(line_of(report.rows[key], report.rows["peak"]["tflops"]), flush=True)
+    return True
 
 
 def row_of(world: World, plan: Plan, case: Case, side: Ours | Theirs, how: Any) -> dict[str, Any]:
@@ -351,7 +352,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print and write; returns the exit code."""
+    """Measure, print and write; returns 0 when all is done, 2 where it cannot run, 3 out of time."""
     options = options_of(argv)
     if not options.smoke and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
@@ -371,10 +372,10 @@ def main(argv: list[str] | None = None) -> int:
         name = "-".join(around["device"].lower().split())
         path = options.out or RESULTS / f"bench_gpu_model-{name}.json"
         report = Report(path, around, options.fresh)
-        run(plan, device, report, options.minutes)
+        done = run(plan, device, report, options.minutes)
         show(report)
         print(f"wrote {path}")
-    return 0
+    return 0 if done else 3
 
 
 if __name__ == "__main__":

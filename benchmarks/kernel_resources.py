@@ -143,7 +143,6 @@ def main() -> None:
             )
     report = {
         "config": options.config,
-        "triton": triton.__version__,
         "rows": rows,
         **surroundings(),
     }

@@ -24,6 +24,10 @@ from model.config import NAMED_CONFIGS, NextDiTConfig
 
 EPS = 1e-5
 RELEASED = NAMED_CONFIGS["2.6B"]
+TINY = NextDiTConfig(
+    hidden_size=24, num_layers=1, num_attention_heads=2, num_kv_heads=1, multiple_of=8,
+    axes_dim_rope=(4, 4, 4),
+)  # fmt: skip
 Draw = Callable[..., Tensor]
 
 

@@ -117,6 +117,8 @@ def _takes(*tensors: Tensor) -> bool:
 
 def works(device: torch.device) -> bool:
     """Whether Triton compiles and runs a kernel there; tried once, the reason why not is logged."""
+    if device.type != "cuda" and not INTERPRETED:
+        return False
     return _reason_against(device) is None
 
 

@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 ENV_PREFIX = "LUMINA_"
 
 # Variables of the build and of the model library, read elsewhere.
-FOREIGN_VARIABLES = frozenset({"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION"})
+FOREIGN_VARIABLES = frozenset({"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION", "LUMINA_KERNELS"})
 
 
 class SettingsError(ValueError):

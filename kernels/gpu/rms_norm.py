@@ -10,7 +10,8 @@ from kernels.gpu.launch import Launch, block_of, rows_of, warps_of, weight_rows
 @triton.jit
 def inverse_rms(x, eps, WIDTH: tl.constexpr):
     """1 / sqrt(mean(x^2) + eps) along the last axis, correctly rounded operations throughout."""
-    return tl.div_rn(1.0, tl.sqrt_rn(tl.sum(x * x, axis=-1) / WIDTH + eps))
+    mean_square = tl.div_rn(tl.sum(x * x, axis=-1), 1.0 * WIDTH)
+    return tl.div_rn(1.0, tl.sqrt_rn(mean_square + eps))
 
 
 @triton.jit
