@@ -352,7 +352,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Measure, print and write; returns 0 when all is done, 2 where it cannot run, 3 out of time."""
+    """Measure, print, write; returns 0 when all is done, 2 where it cannot be, 3 out of time."""
     options = options_of(argv)
     if not options.smoke and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
