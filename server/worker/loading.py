@@ -89,6 +89,8 @@ def load_model(
 
     Raises ValueError (`CheckpointError`) with one line that names the file and the fault.
     """
+    if speed.compile != "off" and speed.cache_dir is not None:
+        keep_compiled(speed.cache_dir)
     import torch
 
     from model import load_pipeline
@@ -100,8 +102,6 @@ def load_model(
     if precision == "auto":
         precision = default_precision(device)
     compile_mode = default_compile(device) if speed.compile == "auto" else speed.compile
-    if compile_mode != "off" and speed.cache_dir is not None:
-        keep_compiled(speed.cache_dir)
     pipeline = load_pipeline(
         folder,
         device=device,
@@ -126,13 +126,13 @@ def load_model(
 def keep_compiled(cache_dir: Path) -> None:
     """Let what is compiled from now on be found again by the next process with this directory.
 
-    Directories that the environment names already are left alone, and so are torch's own where
-    this one cannot be made.
+    To be called before torch is imported: parts of it settle on a directory as they are loaded.
+    Nothing is made before there is something to keep. Directories that the environment names are
+    left alone, and so are torch's own where this one cannot be made.
     """
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        log.warning("compiled code is not kept: %s", error)
+    there = next(path for path in (cache_dir, *cache_dir.resolve().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        log.warning("compiled code is not kept: %s is no folder to write to", there)
         return
     for variable, folder in CACHE_VARIABLES.items():
         os.environ.setdefault(variable, str((cache_dir / folder).resolve()))

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -63,6 +65,25 @@ def test_a_cache_directory_of_the_environment_wins_and_one_that_cannot_be_made_i
     keep_compiled(tmp_path / "file" / "compiled")
     assert "TRITON_CACHE_DIR" not in os.environ
     assert "compiled code is not kept" in caplog.text
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from server.worker.loading import Speed, load_model
+load_model(Path(sys.argv[1]), speed=Speed("blocks", cache_dir=Path(sys.argv[2])))
+from torch._inductor.runtime.cache_dir_utils import cache_dir
+print(cache_dir())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_cache_variables")
+def test_a_process_of_its_own_keeps_what_it_compiles_in_that_directory(folder, tmp_path):
+    kept = tmp_path / "compiled"
+    argv = [sys.executable, "-c", PROCESS, str(folder), str(kept)]
+    said = subprocess.run(argv, capture_output=True, text=True, timeout=100, check=True).stdout
+    assert said.splitlines()[-1] == str(kept / "inductor")
 
 
 @on_a_cpu
