@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue bench-api \
-  bench-gpu-kernels chaos screenshot lint
+  bench-gpu-kernels bench-gpu-model chaos screenshot lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -65,6 +65,9 @@ fmt: $(STAMP) ## format, and fix what ruff can fix
 bench: $(STAMP) ## a packed forward and a crowd of requests against diffusers; the counters
 	$(BIN)/python -m benchmarks.counters
 	$(BIN)/python -m benchmarks.bench_vs_diffusers $(ARGS)
+
+bench-gpu-model: $(STAMP) ## the 2.6B network against diffusers on one GPU (ARGS=--smoke: walk through on a CPU)
+	$(BIN)/python -m benchmarks.bench_gpu_model $(ARGS)
 
 bench-scheduler: $(STAMP) ## FIFO, round-robin and our policy in simulated time (about 3 minutes)
 	$(BIN)/python -m benchmarks.bench_scheduler $(ARGS)

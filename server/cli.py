@@ -21,6 +21,7 @@ from server.key_commands import keys_app
 from server.lora_options import LoraDir, Merged
 from server.misuse import MisuseError
 from server.operate import dead_app, epoch_app
+from server.speed_options import Compile, Quantize
 
 if TYPE_CHECKING:
     from server.config import Settings
@@ -96,12 +97,13 @@ def serve(
     precision: Precision = None,
     lora: Merged = None,
     lora_dir: LoraDir = None,
+    compile: Compile = None,
+    quantize: Quantize = None,
 ) -> int:
     """Run everything on this machine: Redis, workers, the API and its page."""
     folder = _checkpoint_folder(model)
-    settings = _settings(
-        redis_url=redis_url, data_dir=data_dir, precision=precision, lora_dir=lora_dir
-    )
+    work = {"precision": precision, "compile": compile, "quantize": quantize}
+    settings = _settings(redis_url=redis_url, data_dir=data_dir, lora_dir=lora_dir, **work)
     _check_host(host, insecure, settings)
     from server.embedded import run_service
 
@@ -147,6 +149,8 @@ def worker(
     precision: Precision = None,
     lora: Merged = None,
     lora_dir: LoraDir = None,
+    compile: Compile = None,
+    quantize: Quantize = None,
     token_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> int:
     """Run one worker: take jobs from Redis and draw their pictures."""
@@ -155,14 +159,18 @@ def worker(
     folder = _checkpoint_folder(model)
     if not is_name(pool):
         raise MisuseError(f"--pool {pool!r} must be 1 to 64 letters, digits, dots and dashes")
-    settings = _settings(
-        redis_url=redis_url, drain_s=drain_s, precision=precision, lora_dir=lora_dir
-    )
+    work = {"precision": precision, "compile": compile, "quantize": quantize}
+    settings = _settings(redis_url=redis_url, drain_s=drain_s, lora_dir=lora_dir, **work)
     _quiet_libraries()
-    from server.worker.loading import load_model
+    from server.worker.loading import Speed, load_model
     from server.worker.main import run_worker
 
-    load = partial(load_model, merged_loras=lora or (), lora_dir=settings.lora_dir)
+    load = partial(
+        load_model,
+        merged_loras=lora or (),
+        lora_dir=settings.lora_dir,
+        speed=Speed.of(settings),
+    )
     return run_worker(settings, folder, pool=pool, load=load, token_fd=token_fd)
 
 

@@ -82,6 +82,16 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(default=65536, ge=1)
     """Image and text tokens, over all branches, that one denoising step may carry."""
 
+    compile: Literal["auto", "off", "blocks", "full"] = "auto"
+    """What `torch.compile` takes on: nothing, each transformer block, or all of them as a whole;
+    auto: `blocks` on a GPU, `off` on a CPU (docs/performance.md)."""
+
+    graph_tokens: int = Field(default=4096, ge=0)
+    """Tokens of the largest step that a GPU replays as a CUDA graph; 0: none."""
+
+    quantize: Literal["none", "fp8"] = "none"
+    """Whether a worker multiplies in fp8 (docs/performance.md)."""
+
     warmup_sizes: str = ""
     """Sizes such as `512x512,1024x768` that a worker draws, besides the default one, before it is
     ready: what a first picture of a size costs extra is then paid by nobody."""

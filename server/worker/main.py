@@ -232,7 +232,7 @@ def _make_worker(
 ) -> Worker:
     """A worker whose scheduler knows what the warm-up measured."""
     costs = {"cost": dataclasses.asdict(warm.cost), "memory": dataclasses.asdict(warm.memory)}
-    log.info("warmed up", **costs)
+    log.info("warmed up", graphs=compiled_graphs(), **costs)
     scheduler = Scheduler(
         max_running=settings.max_running,
         max_step_tokens=settings.max_step_tokens,

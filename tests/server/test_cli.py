@@ -58,6 +58,8 @@ def one_line(capsys: Capture) -> str:
         (["serve", "--model", "/no/such/folder"], ["/no/such/folder"]),
         (["worker", "--model", ".", "--pool", "a b"], ["--pool 'a b'"]),
         (["worker", "--model", ".", "--drain-s", "-1"], ["--drain-s"]),
+        (["worker", "--model", ".", "--compile", "fast"], ["LUMINA_COMPILE", "'full'", "'fast'"]),
+        (["serve", "--model", ".", "--quantize", "int8"], ["LUMINA_QUANTIZE", "'fp8'", "'int8'"]),
         (["generate"], ["prompt"]),
         (["generate", "x", "-o", "a.gif", "--model", "."], ["a.gif", ".png"]),
         (["generate", "x", "-o", "/no/where/a.png", "--model", "."], ["/no/where"]),
