@@ -56,6 +56,10 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Override: key.path=value.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Print memory per GPU and time; train nothing."),
+    ] = False,
     resume: Annotated[
         str, typer.Option("--resume", help="auto: go on where --out stopped; never: refuse.")
     ] = "auto",
@@ -78,6 +82,14 @@ def train(
 
     if smoke:
         loaded = shrink(loaded)
+    if plan:
+        from rich.console import Console
+
+        from trainer.plan import tables
+
+        for table in tables(loaded):
+            Console().print(table)
+        return
     folder = out or Path("runs") / (f"{loaded.name}-smoke" if smoke else loaded.name)
     if resume == "never" and (folder / "recipe.yaml").is_file():
         raise MisuseError(f"--out {str(folder)!r} already holds a run")

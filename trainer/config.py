@@ -271,7 +271,7 @@ class Recipe(_Strict):
     @property
     def transformer_stages(self) -> list[str]:
         """Names of the stages that train the transformer, in order."""
-        return [stage.name for stage in (*self.diffusion, *self.flow)]
+        return [stage.name for stage in self.diffusion] + [stage.name for stage in self.flow]
 
     @property
     def default_width(self) -> int:

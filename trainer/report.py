@@ -1,7 +1,7 @@
 """``report.md`` of a training stage: figures and curves, as SVG files beside it."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def write_report(stage: Path) -> None:
     _write(stage / "report.md", "\n".join(lines) + "\n")
 
 
-def svg_plot(title: str, curves: dict[str, Sequence[tuple[float, float]]]) -> str:
+def svg_plot(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]) -> str:
     """Lines over steps, as an SVG document; the vertical axis covers what there is.
 
     Args:
