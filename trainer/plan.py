@@ -1,8 +1,8 @@
 """What a recipe needs of each GPU, and how long it takes: computed, without training.
 
 Memory of weights, gradients, optimiser and averages follows from their number and from how they are
-sharded. Activations are counted by running the network's own blocks on meta tensors, which have shapes
-and no memory, and adding up what autograd keeps.
+sharded. Activations are counted by running the network's own blocks on meta tensors, which have
+shapes and no memory, and adding up what autograd keeps.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,7 @@ DAY_S = 86_400
 FP32, BF16 = 4, 2
 OPTIMIZER_BYTES = {"adamw": 2 * FP32, "muon": FP32}  # a weight: moments, or one momentum
 PROCESSES = (1, 8, 32)
+StageConfig = FlowStageConfig | DiffusionConfig
 PEAK_TFLOPS = {"A100": 312, "H100": 989}  # bf16, dense, as the vendor prints them
 ASSUMED_MFU = 0.4
 RELEASED_FEATURES, RELEASED_CHANNELS = 2304, 16  # of Gemma-2-2B and FLUX.1's autoencoder
@@ -66,27 +67,22 @@ class Load:
         return self.images * self.text_tokens * (2 if self.auxiliary else 1)
 
 
-def plan(
-    recipe: Recipe, stage: FlowStageConfig | DiffusionConfig, processes: int
-) -> dict[str, int]:
+def plan(recipe: Recipe, stage: StageConfig, processes: int) -> dict[str, int]:
     """Bytes on each GPU by what they are for."""
-    config, load = shape_of(recipe), load_of(recipe, stage, processes)
+    config, load = shape_of(recipe), load_of(stage, processes)
     return memory(config, load, processes)
 
 
 def shape_of(recipe: Recipe) -> NextDiTConfig:
     """The network; the widths that the frozen parts decide are those of the recipe's own parts."""
-    released = recipe.text is None
+    features = RELEASED_FEATURES if recipe.text is None else recipe.text.hidden_size
+    channels = RELEASED_CHANNELS if recipe.vae is None else recipe.vae.latent_channels
     return NextDiTConfig.from_dict(
-        {
-            "cap_feat_dim": RELEASED_FEATURES if released else recipe.text.hidden_size,
-            "in_channels": RELEASED_CHANNELS if recipe.vae is None else recipe.vae.latent_channels,
-            **recipe.transformer,
-        }
+        {"cap_feat_dim": features, "in_channels": channels, **recipe.transformer}
     )
 
 
-def load_of(recipe: Recipe, stage: FlowStageConfig | DiffusionConfig, processes: int) -> Load:
+def load_of(stage: StageConfig, processes: int) -> Load:
     """The fullest forward that a stage allows, with the longest captions."""
     if isinstance(stage, DiffusionConfig):
         tokens = max((size.width // 16) * (size.height // 16) for size in stage.sizes)
@@ -219,16 +215,17 @@ def tables(recipe: Recipe) -> list[Table]:
     """What ``trainer train --plan`` prints: memory by number of GPUs, and time, for each stage."""
     config = shape_of(recipe)
     found = []
-    for stage in (*recipe.diffusion, *recipe.flow):
-        columns = [memory(config, load_of(recipe, stage, n), n) for n in PROCESSES]
-        load = load_of(recipe, stage, 1)
+    stages: list[StageConfig] = [*recipe.diffusion, *recipe.flow]
+    for stage in stages:
+        columns = [memory(config, load_of(stage, n), n) for n in PROCESSES]
+        load = load_of(stage, 1)
         table = Table(title=f"{recipe.name}, stage {stage.name}: GiB on each GPU")
         table.add_column("GPUs")
         for number in PROCESSES:
             table.add_column(str(number), justify="right")
         for part in columns[0]:
             table.add_row(part, *(f"{column[part] / GIB:.2f}" for column in columns))
-        loads = [load_of(recipe, stage, n) for n in PROCESSES]
+        loads = [load_of(stage, n) for n in PROCESSES]
         table.add_row("images in one forward", *(str(each.images) for each in loads))
         table.add_row(
             "forwards a step",

@@ -17,6 +17,7 @@ from trainer.config import Recipe
 from trainer.distributed import World
 from trainer.ema import Ema
 from trainer.metrics import Metrics
+from trainer.report import write_report
 from trainer.stages.parts import FrozenParts
 
 FOLDER = "previews"
@@ -50,6 +51,7 @@ class Previews:
             self._folder.mkdir(parents=True, exist_ok=True)
             image.save(self._folder / f"step-{step:08d}.png")
             metrics.picture(step, "previews", np.asarray(image))
+            write_report(self._folder.parent)
 
     def _draw(self, weights: dict[str, Tensor]) -> list[Image.Image]:
         previews = self._recipe.previews

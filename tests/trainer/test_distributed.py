@@ -38,7 +38,7 @@ def run_two(work: Callable[[World, Path], None], folder: Path) -> None:
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(timeout=110)
+        process.join(timeout=280)
         process.kill()
     assert [process.exitcode for process in ranks] == [0, 0]
 

@@ -126,6 +126,7 @@ def _train_parts(recipe: Recipe, out: Path, world: World, init: Path | None) -> 
         ema = train_stage(stage, folder, world)
         if world.is_main:
             _publish(folder, partial(stage.finish, ema))
+            write_report(folder)
         barrier(world)
 
 
