@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue chaos lint
+.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue bench-training chaos lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -68,6 +68,9 @@ bench-scheduler: $(STAMP) ## FIFO, round-robin and our policy in simulated time 
 
 bench-queue: $(STAMP) ## jobs a second through the queue without a model, and what each call costs
 	$(BIN)/python -m benchmarks.bench_queue $(ARGS)
+
+bench-training: $(STAMP) ## training steps of packed batches against padded ones (about 2 minutes)
+	$(BIN)/python -m benchmarks.bench_training $(ARGS)
 
 chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kill redis" for some)
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -69,6 +69,23 @@ def newest(stage: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def rewind(checkpoint: Path) -> Path:
+    """Make a checkpoint the newest of its stage, by removing those after it; the run folder.
+
+    Raises:
+        ValueError: when it is none, or its stage is finished.
+    """
+    stage = checkpoint.parent.parent
+    if not (_NAME.fullmatch(checkpoint.name) and (checkpoint / PROGRESS).is_file()):
+        raise ValueError(f"--resume {str(checkpoint)!r} is neither a run folder nor a checkpoint")
+    if (stage / "final").exists():
+        raise ValueError(f"--resume {str(checkpoint)!r}: the stage {stage.name} is finished")
+    for other in checkpoint.parent.glob("step-*"):
+        if _NAME.fullmatch(other.name) and other.name > checkpoint.name:
+            _remove(other)
+    return stage.parent
+
+
 def read_progress(checkpoint: Path) -> dict[str, Any]:
     """What was saved beside the tensors; ``step`` among it.
 

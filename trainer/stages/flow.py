@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from model.next_dit import NextDiT
 from trainer.config import FlowStageConfig
-from trainer.data.encoded import EncodedSet
 from trainer.data.packing import plan_packs
 from trainer.data.records import CaptionChoice
 from trainer.distributed import World, sum_over_processes
@@ -23,6 +23,9 @@ from trainer.objective import POOL, Noised, pooled, velocity_errors
 from trainer.parallel import recompute_blocks, shard
 from trainer.precision import fast_dtype, mixed_precision
 from trainer.stages.base import LossAndReport, Stage
+
+if TYPE_CHECKING:
+    from trainer.data.encoded import EncodedSet  # brings diffusers, which a step does not need
 
 ORDER_STREAM, CAPTION_STREAM, NOISE_STREAM, AUXILIARY_STREAM = range(4)
 TENTHS = 10
@@ -45,7 +48,7 @@ class FlowStage(Stage):
         self,
         config: FlowStageConfig,
         dit: NextDiT,
-        data: EncodedSet,
+        data: "EncodedSet",
         seed: tuple[int, int],
         world: World,
     ) -> None:

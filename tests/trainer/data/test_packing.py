@@ -2,6 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks import bench_training
 from trainer.data.packing import plan_packs
 
 
@@ -26,6 +27,23 @@ def test_as_few_forwards_as_hold_it_evenly_loaded():
     assert len(plan[0]) == -(-sum(tokens) // 10_000)
     loads = [sum(tokens[i] for i in pack) for forwards in plan for pack in forwards]
     assert max(loads) - min(loads) <= max(tokens)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_packing_saves_a_third_of_the_work_at_least(seed):
+    """Matrix products of a training step, counted by torch; `bench_training` measures the time."""
+    work = bench_training.flops(24, 1024, seed)
+    assert work["padded"] > 1.3 * work["packed"]
+
+
+def test_the_padded_side_of_the_benchmark_is_a_rectangle_of_the_same_examples():
+    examples = bench_training.ragged_mix(24)
+    sides = bench_training.batches(examples, 1024)
+    for groups in sides.values():
+        assert sum(len(group) for group in groups) == 24
+        assert all(sum(map(bench_training.tokens, group)) <= 1024 for group in groups)
+    for group in sides["padded"]:
+        assert len({(latents.shape, features.shape) for latents, features in group}) == 1
 
 
 def test_what_cannot_be_packed_is_refused():
