@@ -64,8 +64,8 @@ def train(
         str,
         typer.Option(
             "--resume",
-            help="auto: go on where --out stopped; never: refuse; DIR: go on with this run, or from "
-            "this checkpoint of it (newer ones are removed).",
+            help="auto: go on where --out stopped; never: refuse; DIR: go on with this run, or "
+            "from this checkpoint of it (newer ones are removed).",
         ),
     ] = "auto",
 ) -> None:
