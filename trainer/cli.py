@@ -3,10 +3,13 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import Abort, TyperException
+
+if TYPE_CHECKING:
+    from trainer.config import Recipe
 
 app = typer.Typer(
     help="Make the checkpoints that lumina-serve serves.",
@@ -86,13 +89,7 @@ def train(
     if smoke:
         loaded = shrink(loaded)
     if plan:
-        from rich.console import Console
-
-        from trainer.plan import tables
-
-        for table in tables(loaded):
-            Console().print(table)
-        return
+        return _print_plan(loaded)
     folder = out or Path("runs") / (f"{loaded.name}-smoke" if smoke else loaded.name)
     if resume not in ("auto", "never"):
         folder = _resumed(Path(resume), out)
@@ -105,6 +102,15 @@ def train(
         close_world()
     if world.is_main:
         typer.echo(f"done: {folder}")
+
+
+def _print_plan(recipe: "Recipe") -> None:
+    from rich.console import Console
+
+    from trainer.plan import tables
+
+    for table in tables(recipe):
+        Console().print(table)
 
 
 def _resumed(place: Path, out: Path | None) -> Path:
