@@ -89,7 +89,8 @@ def train(
     if smoke:
         loaded = shrink(loaded)
     if plan:
-        return _print_plan(loaded)
+        _print_plan(loaded)
+        return
     folder = out or Path("runs") / (f"{loaded.name}-smoke" if smoke else loaded.name)
     if resume not in ("auto", "never"):
         folder = _resumed(Path(resume), out)

@@ -85,6 +85,7 @@ def train_tiny(world: World, folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_values_are_averaged_and_shared(tmp_path):
     run_two(exchange, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(TWO))
@@ -100,6 +101,7 @@ def test_values_are_averaged_and_shared(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes_train_like_one(tmp_path):
     run_two(train_tiny, tmp_path)
     (module, ema), other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(TWO))

@@ -1,24 +1,23 @@
+import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from benchmarks import bench_training
 from trainer.data.packing import plan_packs
 
 
-@given(
-    st.lists(st.integers(1, 100), min_size=1, max_size=24),
-    st.integers(100, 400),
-    st.sampled_from([1, 2, 3]),
-)
-def test_every_example_once_within_the_budget_and_equally_many_forwards(tokens, budget, processes):
-    tokens = tokens * processes
-    plan = plan_packs(tokens, budget, processes)
-    assert len(plan) == processes
-    assert len({len(forwards) for forwards in plan}) == 1
-    packs = [pack for forwards in plan for pack in forwards]
-    assert sorted(place for pack in packs for place in pack) == list(range(len(tokens)))
-    assert all(pack and sum(tokens[i] for i in pack) <= budget for pack in packs)
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_every_example_once_within_the_budget_and_equally_many_forwards(processes):
+    rng = np.random.default_rng(processes)
+    for _ in range(150):
+        count = processes * int(rng.integers(1, 25))
+        tokens = [int(n) for n in rng.integers(1, 101, count)]
+        budget = int(rng.integers(100, 400))
+        plan = plan_packs(tokens, budget, processes)
+        assert len(plan) == processes
+        assert len({len(forwards) for forwards in plan}) == 1
+        packs = [pack for forwards in plan for pack in forwards]
+        assert sorted(place for pack in packs for place in pack) == list(range(count))
+        assert all(pack and sum(tokens[i] for i in pack) <= budget for pack in packs)
 
 
 def test_as_few_forwards_as_hold_it_evenly_loaded():
