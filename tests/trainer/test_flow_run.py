@@ -1,4 +1,4 @@
-"""A paper recipe in miniature, on frozen parts that diffusers wrote: train, preview, export, draw."""
+"""A paper recipe in miniature, on parts that diffusers wrote: train, preview, export, draw."""
 
 import json
 from pathlib import Path
