@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue bench-api \
-  bench-gpu-kernels bench-gpu-model chaos screenshot lint
+  bench-training bench-gpu-kernels bench-gpu-model chaos screenshot lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -80,6 +80,9 @@ bench-api: $(STAMP) ## what API and queue add to a picture, at 20 requests a sec
 
 bench-gpu-kernels: ## on a GPU: the tests that need one, then each Triton kernel (at most 10 minutes)
 	$(GPU_PYTHON) -m benchmarks.bench_gpu_kernels $(ARGS)
+
+bench-training: $(STAMP) ## training steps of packed batches against padded ones (about 2 minutes)
+	$(BIN)/python -m benchmarks.bench_training $(ARGS)
 
 chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kill redis" for some)
 	$(BIN)/python -m tests.chaos $(ARGS)
