@@ -46,7 +46,8 @@ class DiffusionStage(WholeStage):
         self._seed, self._world, self._captions = (recipe.seed, index), world, captions
         torch.manual_seed(recipe.seed)
         self.config = transformer_config(recipe, vae.latent_channels, captions.feature_dim)
-        self.module = NextDiT(self.config)
+        self.dit = NextDiT(self.config)
+        self.module = self.dit
         self._write = CaptionSampler(
             self._config.levels, self._config.templates, self._config.caption_dropout
         )

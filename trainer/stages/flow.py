@@ -55,7 +55,7 @@ class FlowStage(Stage):
         self.name, self.total_steps = config.name, config.steps
         self.images_per_step = config.batch_images
         self.optimizer, self.on_nonfinite = config.optimizer, config.on_nonfinite
-        self.module = dit
+        self.module = self.dit = dit
         self.sharded = config.sharded and world.size > 1
         self._config, self._data, self._seed, self._world = config, data, seed, world
         self._choice = CaptionChoice(config)

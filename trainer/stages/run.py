@@ -55,11 +55,11 @@ def run_recipe(recipe: Recipe, out: Path, world: World, init: Path | None = None
         folder = out / name
         if not (folder / FINAL).is_dir():
             stage = _transformer_stage(recipe, index, out, frozen, world, previous)
-            previews = Previews(recipe, out, folder, frozen, stage.module.config, world)
+            previews = Previews(recipe, out, folder, frozen, stage.dit.config, world)
             ema = train_stage(stage, folder, world, observe=previews)
             weights = ema.whole_weights()
             if world.is_main:
-                _publish(folder, plain_network(stage.module.config, weights).save_pretrained)
+                _publish(folder, plain_network(stage.dit.config, weights).save_pretrained)
                 write_report(folder)
             barrier(world)
         previous = folder / FINAL
@@ -104,7 +104,7 @@ def _transformer_stage(
         )
         stage = FlowStage(config, dit, data, (recipe.seed, index), world)
     if previous is not None:
-        _start_from(stage.module, previous)
+        _start_from(stage.dit, previous)
     return stage
 
 
