@@ -9,13 +9,15 @@ from fastapi import FastAPI
 from starlette.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
-from server.api import generate, health, jobs
+from server import metrics
+from server.api import generate, health, internal, jobs
 from server.api.context import ApiContext
 from server.api.middleware import RequestGuard
 from server.api.problems import HANDLERS
 from server.config import Settings
+from server.protocol import DEFAULT_POOL
 from server.queue.blobs import BlobStore
-from server.queue.connection import end_tasks
+from server.queue.connection import SCRIPT_NAMES, end_tasks
 from server.queue.jobs import JobQueue, open_queue
 from server.queue.upkeep import Upkeep
 
@@ -46,6 +48,8 @@ def create_app(
         loopback_only: refuse requests whose Host header is no loopback name.
         needs_worker: `/readyz` waits for a live worker with a loaded model, not for Redis alone.
     """
+    metrics.declare(SCRIPT_NAMES)
+    metrics.declare_pool(DEFAULT_POOL)
     context = ApiContext(
         settings=settings,
         queue=queue or open_queue(settings),
@@ -62,8 +66,10 @@ def create_app(
     )
     app.state.context = context
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
-    for router in (generate.router, jobs.router, health.router):
+    for router in (generate.router, jobs.router, health.router, health.probes):
         app.include_router(router)
+    if metrics.shared_folder():  # of `lumina serve`, whose processes have one `/metrics`
+        app.include_router(internal.router)
     app.add_api_route("/", _page, include_in_schema=False)
     app.mount("/ui", StaticFiles(directory=UI_FOLDER))
     return app

@@ -12,6 +12,7 @@ from server.errors import DataLost, ModelNotReady, QueueUnavailable
 from server.protocol import ModelInfo
 
 router = APIRouter()
+probes = APIRouter()
 
 
 class Limits(BaseModel):
@@ -37,19 +38,19 @@ class Offer(BaseModel):
     loras: list[str]
 
 
-@router.get("/livez", summary="The process answers")
+@probes.get("/livez", summary="The process answers")
 async def livez() -> Response:
     """Alive; never touches Redis."""
     return JSONResponse({"status": "alive"})
 
 
-@router.get("/startupz", summary="The process has started")
+@probes.get("/startupz", summary="The process has started")
 async def startupz() -> Response:
     """Started; never touches Redis."""
     return JSONResponse({"status": "started"})
 
 
-@router.get("/readyz", summary="Requests are welcome")
+@probes.get("/readyz", summary="Requests are welcome")
 async def readyz(request: Request) -> Response:
     """Ready when Redis answers and, in `lumina serve`, a live worker has loaded its model."""
     context = context_of(request)

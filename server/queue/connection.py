@@ -11,7 +11,9 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeout
 
+from server import metrics
 from server.errors import QueueUnavailable
 from server.queue import keys
 from server.queue.sentinel import close_sentinels, connect_to_master
@@ -27,7 +29,7 @@ MAX_BLOCK_S = 2.0
 SCRIPT_NAMES = (
     "submit", "claim", "heartbeat", "progress", "complete", "fail", "release", "cancel", "reap",
     "retry", "purge", "reconcile", "epoch", "offer", "preview", "outbox", "delivered",
-    "record",
+    "record", "load",
 )  # fmt: skip
 
 
@@ -56,13 +58,32 @@ def connect(url: str) -> Redis:
 
 
 def load_scripts(redis: Redis) -> dict[str, Any]:
-    """Return every script by name, ready to call; a script Redis has forgotten is sent again."""
+    """Return every script by name, ready to call; a script Redis has forgotten is sent again.
+
+    Each answers with what its file returns and with what it tells the metrics (common.lua).
+    """
     folder = resources.files("server.queue") / "scripts"
     common = keys.lua_prelude() + (folder / "common.lua").read_text()
-    return {
-        name: redis.register_script(common + (folder / f"{name}.lua").read_text())
-        for name in SCRIPT_NAMES
-    }
+
+    def text(name: str) -> str:
+        body = (folder / f"{name}.lua").read_text()
+        answer = "local answer = script()\nif answer == nil then answer = false end\n"
+        return f"{common}local function script()\n{body}end\n{answer}return {{answer, told}}\n"
+
+    return {name: redis.register_script(text(name)) for name in SCRIPT_NAMES}
+
+
+def answer_of(reply: Any) -> Any:
+    """Return a script's own answer, and count what it tells."""
+    answer, told = reply
+    for what, pool, *more in told:
+        if what == "finished":
+            metrics.jobs_finished.labels(pool, *more).inc()
+        elif what == "reclaimed":
+            metrics.jobs_reclaimed.labels(pool).inc()
+        else:
+            metrics.fenced_writes.labels(pool).inc()
+    return answer
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
@@ -109,6 +130,13 @@ def _close_unstarted(call: Awaitable[Any]) -> None:
         call.close()
 
 
+def _kind_of(cause: BaseException | None) -> str:
+    if isinstance(cause, ResponseError):
+        return "refused"
+    silent = cause is None or isinstance(cause, (RedisTimeout, TimeoutError))
+    return "silent" if silent else "unreachable"
+
+
 class RedisLine:
     """The connections of one event loop, and the scripts over them.
 
@@ -138,13 +166,16 @@ class RedisLine:
             self._hang_up()
             raise
         except QueueUnavailable as error:
+            metrics.redis_errors.labels(_kind_of(error.__cause__)).inc()
             if not isinstance(error.__cause__, ResponseError):
                 self._hang_up()
             raise
 
     async def run(self, name: str, *args: str | int | bytes) -> Any:
         """Run a script. The key names the shard; the scripts derive the rest from the prefix."""
-        return await self.ask(self._scripts[name](keys=[keys.SEQ], args=[self._now(), *args]))
+        with metrics.redis_script.labels(name).time():
+            call = self._scripts[name](keys=[keys.SEQ], args=[self._now(), *args])
+            return answer_of(await self.ask(call))
 
     async def preload(self) -> None:
         """Send all scripts: a call that finds its own missing takes three round trips."""
@@ -159,8 +190,7 @@ class RedisLine:
         async with self.redis.pipeline(transaction=False) as pipe:
             for args in calls:
                 await self._scripts[name](keys=[keys.SEQ], args=[now, *args], client=pipe)
-            answers: list[Any] = await self.ask(pipe.execute())
-        return answers
+            return [answer_of(reply) for reply in await self.ask(pipe.execute())]
 
     async def close(self) -> None:
         """Close the connections."""

@@ -26,7 +26,9 @@ from server.worker.intake import Arrival, Inbox, Intake
 from server.worker.loading import LoadedModel, load_model
 from server.worker.output import Output
 from server.worker.preview import Painter, Previews
+from server.worker.probes import Probes, open_probes
 from server.worker.pulse import Pulse
+from server.worker.telemetry import Telemetry
 from server.worker.warmup import WarmUp, compiled_graphs, warm_up
 
 log = structlog.get_logger(__name__)
@@ -49,6 +51,7 @@ class Worker:
         output: Output,
         pulse: Pulse,
         painter: Painter | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
@@ -56,6 +59,7 @@ class Worker:
         self.output = output
         self.pulse = pulse
         self.previews = Previews(intake, painter)
+        self.telemetry = telemetry or Telemetry(intake.pool, intake.worker_id)
         self.stopping = False
         self._step_s = 0.0
         self.num_recompiles = 0
@@ -72,10 +76,12 @@ class Worker:
         self.pulse.beat()
         inbox = self.intake.poll(self._capacity(), 0.0 if len(self.scheduler) else IDLE_WAIT_S)
         self._take_in(inbox)
+        started = time.monotonic()
         batch = self.scheduler.schedule()
         failures = self._step(batch)
         finished = self.scheduler.complete_step(batch, self.engine.remaining(batch))
         decoded, broken = self.engine.decode(finished)
+        self.telemetry.turned(time.monotonic() - started, self.engine.num_out_of_memory)
         self._hand_over(decoded, [*failures, *broken])
 
     def _capacity(self) -> Capacity:
@@ -108,10 +114,13 @@ class Worker:
             self.intake.report(prepared.key, 0, prepared.steps_left)
 
     def _step(self, batch: StepBatch) -> list[Failure]:
+        states = [self.engine.job(key).state for key in batch.keys]
+        size = sum(s.num_sequences for s in states), sum(s.num_tokens for s in states)
         started = time.monotonic()
         failures = self.engine.step(batch)
         if batch.keys:
             self._step_s = time.monotonic() - started
+            self.telemetry.stepped(*size, self._step_s)
             self._count_recompiles()
         failed = {failure.claim.key for failure in failures}
         for key in batch.keys:
@@ -191,10 +200,13 @@ def run_worker(
     for number in (signal.SIGTERM, signal.SIGINT):
         # While loading there is nothing to hand back.
         signal.signal(number, lambda *_: _leave_at_once())
+    pulse = Pulse()
+    probes = Probes()
+    open_probes(settings, probes)
     started = time.monotonic()
     try:
         model = load(model_dir, settings.precision)
-        pulse = Pulse()
+        pulse.beat()
         # Refuses what no part alone can see, such as an impossible default. Its stages are the
         # first by which later ones are judged.
         warm = warm_up(model, settings.warmup, pulse.beat)
@@ -209,17 +221,26 @@ def run_worker(
     info = warm.info
     load_s = round(time.monotonic() - started, 2)
     log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s, **model.arithmetic)
+    telemetry = Telemetry(pool, worker_id)
+    telemetry.loaded(info, load_s)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
-    worker = _make_worker(settings, model, warm, intake, pulse)
+    worker = _make_worker(settings, model, warm, intake, pulse, telemetry)
     _stop_on_signals(worker)
     intake.start(info)
+    probes.alive, probes.ready = (lambda: not pulse.hung()), (lambda: intake.ready)
+    probes.started = True
     worker.run(settings.drain_s)
     _leave_at_once()
     return 0
 
 
 def _make_worker(
-    settings: Settings, model: LoadedModel, warm: WarmUp, intake: Intake, pulse: Pulse
+    settings: Settings,
+    model: LoadedModel,
+    warm: WarmUp,
+    intake: Intake,
+    pulse: Pulse,
+    telemetry: Telemetry,
 ) -> Worker:
     """A worker whose scheduler knows what the warm-up measured."""
     costs = {"cost": dataclasses.asdict(warm.cost), "memory": dataclasses.asdict(warm.memory)}
@@ -229,9 +250,10 @@ def _make_worker(
         max_step_tokens=settings.max_step_tokens,
         budget=StepBudget(settings.max_step_tokens, warm.cost, warm.memory),
     )
-    output = Output(intake, BlobStore(settings.blob_store_url), warm.info.name, warm.info.hash)
+    blobs = BlobStore(settings.blob_store_url)
+    output = Output(intake, blobs, warm.info.name, warm.info.hash, telemetry.finished)
     engine = Engine(model.pipeline, pulse.beat, scheduler.out_of_memory)
-    return Worker(scheduler, engine, intake, output, pulse, model.painter)
+    return Worker(scheduler, engine, intake, output, pulse, model.painter, telemetry)
 
 
 def _stop_on_signals(worker: Worker) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any
@@ -71,13 +72,22 @@ class Output:
         blobs: takes the pictures.
         model_name: goes into the result and the picture.
         model_hash: goes into the picture.
+        on_finished: called with every result that stands, in one of the threads.
     """
 
-    def __init__(self, intake: Intake, blobs: BlobStore, model_name: str, model_hash: str) -> None:
+    def __init__(
+        self,
+        intake: Intake,
+        blobs: BlobStore,
+        model_name: str,
+        model_hash: str,
+        on_finished: Callable[[JobResult], None] = lambda _: None,
+    ) -> None:
         self._intake = intake
         self._blobs = blobs
         self._model_name = model_name
         self._model_hash = model_hash
+        self._on_finished = on_finished
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="output")
         self._pending: dict[Future[None], Claim] = {}
 
@@ -108,7 +118,9 @@ class Output:
             sentence = f"the picture could not be stored ({type(error).__name__})"
             self._intake.fail(claim, JobError(code="store-failed", detail=sentence), retry=True)
             return
-        if not self._intake.complete(claim, result).result():
+        if self._intake.complete(claim, result).result():
+            self._on_finished(result)
+        else:
             for image in images:
                 with contextlib.suppress(OSError):
                     self._blobs.delete(image.path)
