@@ -65,12 +65,16 @@ def load_scripts(redis: Redis) -> dict[str, Any]:
     folder = resources.files("server.queue") / "scripts"
     common = keys.lua_prelude() + (folder / "common.lua").read_text()
 
-    def text(name: str) -> str:
-        body = (folder / f"{name}.lua").read_text()
-        answer = "local answer = script()\nif answer == nil then answer = false end\n"
-        return f"{common}local function script()\n{body}end\n{answer}return {{answer, told}}\n"
+    return {
+        name: redis.register_script(script_text(common, (folder / f"{name}.lua").read_text()))
+        for name in SCRIPT_NAMES
+    }
 
-    return {name: redis.register_script(text(name)) for name in SCRIPT_NAMES}
+
+def script_text(common: str, body: str) -> str:
+    """Lua that answers with what `body` returns and with what it tells the metrics."""
+    answer = "local answer = script()\nif answer == nil then answer = false end\n"
+    return f"{common}\nlocal function script()\n{body}\nend\n{answer}return {{answer, told}}\n"
 
 
 def answer_of(reply: Any) -> Any:
