@@ -3,11 +3,14 @@
 
 PYTHONS ?= python3 python3.12 python3.11
 BIN := .venv/bin
+# Benchmarks on a GPU install nothing: a machine without network has what it has.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 STAMP := .venv/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue chaos lint
+.PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue bench-api \
+  bench-training bench-gpu-kernels bench-gpu-model chaos screenshot lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -34,7 +37,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    --index-url "$$LUMINA_TORCH_INDEX" "$$(sed -n '/^torch==/p' constraints.txt)"; \
 	fi
 	@PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --disable-pip-version-check \
-	  -e '.[api,worker,train,gpu,dev]'
+	  -e '.[api,worker,train,gpu,client,c2pa,dev]'
 	@touch $@
 
 serve: $(STAMP) ## run Redis, a worker and the API with the bundled checkpoint (ARGS="--port 8080")
@@ -63,11 +66,26 @@ bench: $(STAMP) ## a packed forward and a crowd of requests against diffusers; t
 	$(BIN)/python -m benchmarks.counters
 	$(BIN)/python -m benchmarks.bench_vs_diffusers $(ARGS)
 
+bench-gpu-model: $(STAMP) ## the 2.6B network against diffusers on one GPU (ARGS=--smoke: walk through on a CPU)
+	$(BIN)/python -m benchmarks.bench_gpu_model $(ARGS)
+
 bench-scheduler: $(STAMP) ## FIFO, round-robin and our policy in simulated time (about 3 minutes)
 	$(BIN)/python -m benchmarks.bench_scheduler $(ARGS)
 
 bench-queue: $(STAMP) ## jobs a second through the queue without a model, and what each call costs
 	$(BIN)/python -m benchmarks.bench_queue $(ARGS)
 
+bench-api: $(STAMP) ## what API and queue add to a picture, at 20 requests a second (about 70 s)
+	$(BIN)/python -m benchmarks.bench_api $(ARGS)
+
+bench-gpu-kernels: ## on a GPU: the tests that need one, then each Triton kernel (at most 10 minutes)
+	$(GPU_PYTHON) -m benchmarks.bench_gpu_kernels $(ARGS)
+
+bench-training: $(STAMP) ## training steps of packed batches against padded ones (about 2 minutes)
+	$(BIN)/python -m benchmarks.bench_training $(ARGS)
+
 chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kill redis" for some)
 	$(BIN)/python -m tests.chaos $(ARGS)
+
+screenshot: $(STAMP) ## docs/images/playground.png anew (needs a Chromium)
+	$(BIN)/python -m tests.playground.screenshot $(ARGS)

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,11 +21,10 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.common import claim_of, diffusers_pipeline, mixed_requests
 from benchmarks.report import BUNDLED, surroundings, write_result
 from model import load_pipeline
-from model.attention.ragged import VarlenAttend
 from model.cache_config import CacheConfig
 from model.config import NextDiTConfig
+from model.modulation import ModulationTable
 from model.next_dit import NextDiT
-from model.packing import PackedSequences
 from model.pipeline import Pipeline
 from server.scheduler.request import RunningRequest
 from server.scheduler.scheduler import StepBatch
@@ -179,32 +177,11 @@ def operator_counts(pipeline: Pipeline, reference: Any) -> dict[str, int]:
     return counts
 
 
-@torch.library.custom_op("lumina_counters::ragged", mutates_args=())
-def _ragged(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """Stands in for a ragged kernel, which a compiler sees as one opaque operator."""
-    out = torch.empty_like(q)
-    groups = q.shape[1] // k.shape[1]
-    for start, end in pairwise(cu_seqlens.tolist()):
-        q1, k1, v1 = (x[start:end].transpose(0, 1) for x in (q, k, v))
-        k1, v1 = (x.repeat_interleave(groups, 0) for x in (k1, v1))
-        attended = nn.functional.scaled_dot_product_attention(q1, k1, v1)
-        out[start:end] = attended.transpose(0, 1)
-    return out
-
-
-@_ragged.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Tensor:
-    return torch.empty_like(q)
-
-
-def _kernel(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: object) -> Tensor:
-    out: Tensor = _ragged(q, k, v, cu_seqlens)
-    return out
-
-
 def compile_counts() -> dict[str, int]:
-    """Graphs, breaks and recompiles of the joint blocks over many lengths and sizes."""
+    """Graphs, breaks and recompiles of the modulated blocks over many lengths and sizes."""
     import torch._dynamo as dynamo
+
+    from model.compiled import CompiledStack
 
     torch.manual_seed(0)
     dit = NextDiT(
@@ -220,36 +197,27 @@ def compile_counts() -> dict[str, int]:
         graphs.append(len(graph.graph.nodes))
         return graph.forward
 
-    def blocks(hidden: Tensor, cu_seqlens: Tensor, longest: int, *rest: Tensor) -> Tensor:
-        cos, sin, time_embedding, index = rest
-        attend = VarlenAttend(cu_seqlens, longest, _kernel, {})
-        for block in dit.layers:
-            hidden = block(hidden, attend, cos, sin, time_embedding, index)
-        return hidden
-
     dynamo.reset()
     dynamo.utils.counters.clear()
-    compiled = torch.compile(blocks, dynamic=True, backend=backend)
+    dit.run_stack = CompiledStack(backend=backend)
+    table = ModulationTable(dit)
     sizes = [(8, 8), (4, 12), (16, 6)]
     crowds = [[(7, s), (lengths, t)] for lengths in (3, 19, 40, 77) for s in sizes for t in sizes]
     crowds += [[(5, sizes[0])] * 3, [(9, s) for s in sizes], [(11, sizes[2])] * 7]
+    crowds += [[(48, sizes[0])], [(2, (2, 2))]]
     warm = 0
-    with torch.no_grad():
+    with torch.inference_mode():
         for number, crowd in enumerate(crowds):
-            packed = _packed(dit, crowd)
-            layout = packed.layout
-            rest = packed.cos, packed.sin, packed.time_embedding, packed.sequence_index
-            compiled(packed.hidden, layout.cu_seqlens, layout.max_length, *rest)
+            for times in ([0.5] * len(crowd), torch.linspace(0.1, 0.9, len(crowd)).tolist()):
+                latents = [torch.randn(16, *size) for _, size in crowd]
+                contexts = [torch.randn(length, 48) for length, _ in crowd]
+                modulation = table.of(times, [()] * len(times))
+                dit.blocks(dit.embed(latents, torch.tensor(times), contexts, modulation=modulation))
             warm = len(graphs) if number == 0 else warm
+    assert not dit.run_stack.broken
     breaks = sum(dynamo.utils.counters["graph_break"].values())
     dynamo.reset()
     return {"graphs": warm, "graph_breaks": breaks, "recompiles": len(graphs) - warm}
-
-
-def _packed(dit: NextDiT, crowd: Sequence[tuple[int, tuple[int, int]]]) -> PackedSequences:
-    latents = [torch.randn(16, *size) for _, size in crowd]
-    contexts = [torch.randn(length, 48) for length, _ in crowd]
-    return dit.embed(latents, torch.linspace(0.1, 0.9, len(crowd)), contexts)
 
 
 def main() -> None:
@@ -261,7 +229,7 @@ def main() -> None:
         "engine": engine_counts(pipeline, mixed),
         "engine, thresholds": engine_counts(pipeline, [{"cache": 0.1}, {"cache": 0.2}, *mixed]),
         "operators": operator_counts(pipeline, diffusers_pipeline(BUNDLED).transformer),
-        "compiled joint blocks": compile_counts(),
+        "compiled blocks": compile_counts(),
     }
     for name, counts in report.items():
         for what, count in counts.items():

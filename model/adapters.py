@@ -131,9 +131,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, spans: Spans = ()) -> Tensor:
         """``[T, in]`` to ``[T, out]``, with the adapters of ``spans`` added (inference only)."""
-        out = super().forward(x)
-        for start, stop, (lora, scale) in spans:
-            change = lora.layers.get(self.name)
-            if change is not None:
-                out[start:stop].addmm_(x[start:stop] @ change.a.T, change.b.T, alpha=scale)
-        return out
+        return adapt(super().forward(x), x, self.name, spans)
+
+
+def adapt(out: Tensor, x: Tensor, name: str, spans: Spans) -> Tensor:
+    """Add to ``out``, in place, what adapters make of ``x`` in the layer `name`."""
+    for start, stop, (lora, scale) in spans:
+        change = lora.layers.get(name)
+        if change is not None:
+            out[start:stop].addmm_(x[start:stop] @ change.a.T, change.b.T, alpha=scale)
+    return out

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gate_residual_norm import gate_residual, gate_residual_norm
 from kernels.qk_norm_rope import qk_norm_rope
-from kernels.rms_norm import rms_norm
+from kernels.rms_norm import rms_norm, weight_by_row
 from kernels.silu_mul import silu_mul
 from model.adapters import UNADAPTED, Adapted, Linear, Spans
 from model.attention import Attend
@@ -25,16 +26,18 @@ Folded = tuple[Tensor, Tensor]
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm with weight; a call may pass a weight per token in its place."""
+    """RMSNorm with weight; a call may pass other weights in its place."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
         self.eps = eps
 
-    def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """``[..., dim]`` to ``[..., dim]``; ``weight`` is ``[..., dim]`` too."""
-        return rms_norm(x, self.weight if weight is None else weight, self.eps)
+    def forward(
+        self, x: Tensor, weight: Tensor | None = None, index: Tensor | None = None
+    ) -> Tensor:
+        """``[..., dim]`` to ``[..., dim]``; ``weight`` likewise, or rows ``[n, dim]`` by index."""
+        return rms_norm(x, self.weight if weight is None else weight, self.eps, index)
 
 
 class Attention(nn.Module):
@@ -112,24 +115,21 @@ class Block(nn.Module):
             folded: what :meth:`fold` made of the time embedding, where it is known.
             adapted: LoRAs of the T tokens and n sequences.
         """
-        spans = adapted.tokens
         if self.modulation is None:
-            attended = self.attention(self.attention_norm1(x), attend, cos, sin, spans)
-            x = x + self.attention_norm2(attended)
-            refined: Tensor = x + self.ffn_norm2(self.feed_forward(self.ffn_norm1(x), spans))
-            return refined
-        assert sequence_index is not None
-        if folded is None:
-            assert time_embedding is not None
-            folded = self.fold(time_embedding, x.dtype, adapted.sequences)
-        scaled_1, scaled_2, gated_1, gated_2 = (
-            part for weights in folded for part in _spread(weights, sequence_index).chunk(2, dim=-1)
-        )
-        attended = self.attention(self.attention_norm1(x, scaled_1), attend, cos, sin, spans)
-        x = x + self.attention_norm2(attended, gated_1)
-        fed = self.feed_forward(self.ffn_norm1(x, scaled_2), spans)
-        out: Tensor = x + self.ffn_norm2(fed, gated_2)
-        return out
+            norms = self.attention_norm1, self.ffn_norm1, self.attention_norm2, self.ffn_norm2
+            weights: tuple[Tensor, ...] = tuple(norm.weight for norm in norms)
+        else:
+            assert sequence_index is not None
+            if folded is None:
+                assert time_embedding is not None
+                folded = self.fold(time_embedding, x.dtype, adapted.sequences)
+            weights = tuple(part for rows in folded for part in rows.chunk(2, dim=-1))
+        scale_1, scale_2, gate_1, gate_2 = weights
+        spans, eps, index = adapted.tokens, self.attention_norm2.eps, sequence_index
+        normed = self.attention_norm1(x, scale_1, index)
+        attended = self.attention(normed, attend, cos, sin, spans)
+        x, normed = gate_residual_norm(attended, x, gate_1, scale_2, eps, index)
+        return gate_residual(self.feed_forward(normed, spans), x, gate_2, eps, index)
 
     def fold(self, time_embedding: Tensor, residual: torch.dtype, spans: Spans = ()) -> Folded:
         """Norm weights ``[n, 2d]`` with the scales and with the gates of ``[n, e]`` folded in.
@@ -151,11 +151,6 @@ class Block(nn.Module):
             dim=-1,
         )
         return scaled.to(own), gated.to(torch.promote_types(own, residual))
-
-
-def _spread(rows: Tensor, sequence_index: Tensor) -> Tensor:
-    """Rows ``[n, ...]`` by token; a single one is broadcast where it is used."""
-    return rows if rows.shape[0] == 1 else rows.index_select(0, sequence_index)
 
 
 class TimestepEmbedder(nn.Module):
@@ -208,6 +203,6 @@ class FinalLayer(nn.Module):
     ) -> Tensor:
         """``[T, d]``, ``[n, d]`` of :meth:`scale` and ``[T]`` to ``[T, patch_dim]``."""
         normed = F.layer_norm(x.float(), x.shape[-1:], eps=FINAL_NORM_EPS)
-        scaled = normed * _spread(scale, sequence_index)
+        scaled = normed * weight_by_row(scale, sequence_index)
         out: Tensor = self.linear(scaled.to(self.linear.weight.dtype), spans)
         return out

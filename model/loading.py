@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+import kernels.dispatch
+from model.acceleration import accelerate
 from model.cache_config import load_cache_config
 from model.checkpoint import (
     PICKLES,
@@ -27,6 +29,7 @@ from model.lora_registry import LoraRegistry
 from model.next_dit import NextDiT
 from model.pipeline import Pipeline
 from model.precision import Precision, precision_named
+from model.quantize import check_quantize, quantize_fp8
 from model.request import SIZE_MULTIPLE
 from model.text_encoder import MAX_TOKENS, TextEncoder
 from model.vae import VAE
@@ -60,6 +63,9 @@ def load_pipeline(
     precision: str | None = None,
     merged_loras: Sequence[tuple[Path, float]] = (),
     lora_dir: Path | None = None,
+    compile: str = "off",
+    quantize: str = "none",
+    graph_tokens: int = 0,
 ) -> Pipeline:
     """Load a checkpoint folder; its `manifest.json`, where present, is verified first.
 
@@ -70,23 +76,20 @@ def load_pipeline(
         precision: a name of `model.precision.PRECISIONS`; where given, `dtype` does not count.
         merged_loras: LoRA files and factors, added to the transformer's weights for good.
         lora_dir: a folder of LoRA files that requests may name (`GenerationRequest.loras`).
+        compile: `off`, `blocks` or `full`, see `model.acceleration.accelerate`.
+        quantize: `none` or `fp8`, see `model.quantize`.
+        graph_tokens: largest step that is replayed as a CUDA graph; 0: none.
 
     Raises:
         CheckpointError: one line naming the file and the fault.
-        ValueError: one sentence on the precision, or on an attention backend that is forced.
+        ValueError: one sentence on the precision, on what the device cannot do, or on a forced
+            attention backend or kernels.
     """
-    folder = Path(folder)
     chosen = Precision(dtype, dtype) if precision is None else precision_named(precision)
-    dtype = chosen.weights
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: there is no such checkpoint folder")
-    _check_index(folder)
-    verify_manifest(folder)
-    shift = _read_shift(folder / "scheduler" / "scheduler_config.json")
-    dit = NextDiT.from_pretrained(
-        folder / "transformer", device=device, dtype=dtype, residual_dtype=chosen.residual
-    )
-    merge_loras(dit, [(open_lora(path, dit.config), factor) for path, factor in merged_loras])
+    dtype, folder = chosen.weights, Path(folder)
+    check_quantize(quantize, device, dtype)
+    shift = _check_folder(folder)
+    dit = _load_network(folder / "transformer", device, chosen, merged_loras, quantize)
     vae = VAE.from_pretrained(folder / "vae", device=device, dtype=dtype)
     text_encoder = TextEncoder.from_pretrained(
         folder,
@@ -96,6 +99,8 @@ def load_pipeline(
     )
     _check_fit(dit, vae, text_encoder)
     _ = dit.attention  # chosen, and refused, now rather than at the first picture
+    kernels.dispatch.settle(dit.device)
+    accelerate(dit, compile=compile, graph_tokens=graph_tokens)
     generation_config = load_generation_config(
         folder,
         shift=shift,
@@ -110,6 +115,34 @@ def load_pipeline(
         loras=None if lora_dir is None else LoraRegistry(lora_dir, dit),
         cache_config=load_cache_config(folder),
     )
+
+
+def _check_folder(folder: Path) -> float:
+    """Refuse what is no checkpoint, or a damaged one, before its weights are read.
+
+    Returns the resolution shift of its schedule.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: there is no such checkpoint folder")
+    _check_index(folder)
+    verify_manifest(folder)
+    return _read_shift(folder / "scheduler" / "scheduler_config.json")
+
+
+def _load_network(
+    folder: Path,
+    device: str | torch.device,
+    precision: Precision,
+    merged_loras: Sequence[tuple[Path, float]],
+    quantize: str,
+) -> NextDiT:
+    dit = NextDiT.from_pretrained(
+        folder, device=device, dtype=precision.weights, residual_dtype=precision.residual
+    )
+    merge_loras(dit, [(open_lora(path, dit.config), factor) for path, factor in merged_loras])
+    if quantize == "fp8":
+        quantize_fp8(dit)
+    return dit
 
 
 def _check_index(folder: Path) -> None:

@@ -66,6 +66,8 @@ class ModulationTable:
             self.cache.get(key, lambda row=row: self._row(*row))  # type: ignore[misc]
             for key, row in different.items()
         ]
+        # A stack may want several rows where one would do: it then repeats the first.
+        kept += kept[:1] * (self._dit.run_stack.min_rows - len(kept))
         noise_scaled, noise_gated, scaled, gated, final = (
             torch.stack(parts, dim=1) for parts in zip(*kept, strict=True)
         )

@@ -24,6 +24,7 @@ from model.layers import Block, CaptionEmbedder, FinalLayer, TimestepEmbedder
 from model.modulation import Modulation
 from model.packing import Layout, PackedSequences, RotaryTables, upload
 from model.precision import precision_name
+from model.stack import EagerStack, StackInput, StackRunner
 
 
 class NextDiT(nn.Module):
@@ -34,12 +35,14 @@ class NextDiT(nn.Module):
 
     Attributes:
         residual_dtype: of the stream through the joint blocks; None: what the weights make of it.
+        run_stack: computes the modulated blocks; eager unless `model.acceleration` says otherwise.
     """
 
     def __init__(self, config: NextDiTConfig) -> None:
         super().__init__()
         self.config = config
         self.residual_dtype: torch.dtype | None = None
+        self.run_stack: StackRunner = EagerStack()
         self.x_embedder = Linear(config.patch_dim, config.hidden_size)
         self.time_embedder = TimestepEmbedder(config.modulation_dim)
         self.caption_embedder = CaptionEmbedder(config)
@@ -164,21 +167,21 @@ class NextDiT(nn.Module):
         grids = [self._grid(x) for x in latents]
         image_cos, image_sin, lengths = self._image_rotary(grids, contexts)
         adapted = Adapted.of(own, lengths)
-        time_embedding = None
+        rows, time_embedding = None, None
         if modulation is None:
-            places = upload(torch.tensor(order, device="cpu"), self.device)
-            times = upload(timesteps, self.device)[places]
-            time_embedding = F.silu(self.time_embedder(times, adapted.sequences))
-        rows = None if modulation is None else [modulation.rows[i] for i in order]
+            time_embedding = self._time_embedding(timesteps, order, adapted)
+        else:
+            rows = [modulation.rows[i] for i in order]
 
         image_layout = Layout.of(lengths, self.device)
-        image_index = image_layout.sequence_index(rows)
-        attend = self.attention.plan(image_layout)
+        index, attend = image_layout.sequence_index(rows), self.attention.plan(image_layout)
         image = self.x_embedder(self._patchify(latents), adapted.tokens)
         cos, sin = torch.cat(image_cos), torch.cat(image_sin)
-        for number, block in enumerate(self.noise_refiner):
-            folded = None if modulation is None else modulation.noise_refiner[number]
-            image = block(image, attend, cos, sin, time_embedding, image_index, folded, adapted)
+        folded = None if modulation is None else modulation.noise_refiner
+        given = StackInput(
+            image, image_layout, attend, cos, sin, index, time_embedding, folded, adapted
+        )
+        image = self.run_stack(self.noise_refiner, given)
 
         caption_tables = [self.rotary.caption(c.shape[0], self.device) for c in contexts]
         layout = Layout.of(
@@ -201,19 +204,20 @@ class NextDiT(nn.Module):
 
     def blocks(self, packed: PackedSequences) -> PackedSequences:
         """Run the joint blocks over captions and images together."""
-        hidden, adapted = packed.hidden, packed.adapted
-        modulation = packed.modulation
-        for number, block in enumerate(self.layers):
-            hidden = block(
-                hidden,
-                packed.attend,
-                packed.cos,
-                packed.sin,
-                packed.time_embedding,
-                packed.sequence_index,
-                None if modulation is None else modulation.layers[number],
-                adapted,
-            )
+        hidden = self.run_stack(
+            self.layers,
+            StackInput(
+                hidden=packed.hidden,
+                layout=packed.layout,
+                attend=packed.attend,
+                cos=packed.cos,
+                sin=packed.sin,
+                sequence_index=packed.sequence_index,
+                time_embedding=packed.time_embedding,
+                folded=None if packed.modulation is None else packed.modulation.layers,
+                adapted=packed.adapted,
+            ),
+        )
         return replace(packed, hidden=hidden)
 
     def joint_signals(self, packed: PackedSequences, places: Sequence[int]) -> list[Tensor]:
@@ -254,6 +258,12 @@ class NextDiT(nn.Module):
         for place, sequence, grid in zip(packed.order, sequences, packed.grids, strict=True):
             velocities[place] = self._unpatchify(sequence[-grid[0] * grid[1] :], grid)
         return [v for v in velocities if v is not None]
+
+    def _time_embedding(self, timesteps: Tensor, order: Sequence[int], adapted: Adapted) -> Tensor:
+        """What modulations are made of, ``[n, e]``, in the packed order."""
+        places = upload(torch.tensor(order, device="cpu"), self.device)
+        times = upload(timesteps, self.device)[places]
+        return F.silu(self.time_embedder(times, adapted.sequences))
 
     def _check_batch(
         self, latents: Sequence[Tensor], timesteps: Tensor, contexts: Sequence[Tensor]

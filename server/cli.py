@@ -6,7 +6,6 @@ Exit codes: 0 done, 1 failed, 2 misuse. Errors are one line on stderr, a traceba
 
 import logging
 import sys
-from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -16,25 +15,19 @@ import typer
 from typer.exceptions import Abort, TyperException
 
 from server.conversion import convert, print_facts, source_facts
-from server.field_options import request_of
+from server.generation import ApiKey, NoParameters, ServerUrl, Wish, draw_here, draw_there
 from server.inspection import picture_facts
+from server.key_commands import keys_app
 from server.lora_options import LoraDir, Merged
+from server.misuse import MisuseError
 from server.operate import dead_app, epoch_app
+from server.speed_options import Compile, Quantize
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from server.config import Settings
-    from server.protocol import OutputFormat
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "checkpoints" / "demo"
 WEIGHTS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin")  # the last four only to refuse them
-FORMATS: "dict[str, OutputFormat]" = {
-    ".png": "png",
-    ".jpg": "jpeg",
-    ".jpeg": "jpeg",
-    ".webp": "webp",
-}
 
 app = typer.Typer(
     name="lumina",
@@ -47,10 +40,7 @@ app = typer.Typer(
 
 app.add_typer(dead_app, name="dead")
 app.add_typer(epoch_app, name="epoch")
-
-
-class MisuseError(Exception):
-    """Options that cannot be: the command ends with exit code 2."""
+app.add_typer(keys_app, name="keys")
 
 
 Model = Annotated[
@@ -70,7 +60,7 @@ Precision = Annotated[
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Serve other machines too, without API keys.")
+    bool, typer.Option("--insecure", help="Serve everybody who can connect, without API keys.")
 ]
 
 
@@ -107,13 +97,14 @@ def serve(
     precision: Precision = None,
     lora: Merged = None,
     lora_dir: LoraDir = None,
+    compile: Compile = None,
+    quantize: Quantize = None,
 ) -> int:
     """Run everything on this machine: Redis, workers, the API and its page."""
     folder = _checkpoint_folder(model)
-    _check_host(host, insecure)
-    settings = _settings(
-        redis_url=redis_url, data_dir=data_dir, precision=precision, lora_dir=lora_dir
-    )
+    work = {"precision": precision, "compile": compile, "quantize": quantize}
+    settings = _settings(redis_url=redis_url, data_dir=data_dir, lora_dir=lora_dir, **work)
+    _check_host(host, insecure, settings)
     from server.embedded import run_service
 
     return run_service(
@@ -139,8 +130,8 @@ def api(
     ] = False,
 ) -> int:
     """Run the HTTP API alone."""
-    _check_host(host, insecure)
     settings = _settings(redis_url=redis_url)
+    _check_host(host, insecure, settings)
     from server.api.main import run_api
 
     return run_api(settings, host=host, port=port, insecure=insecure, needs_worker=needs_worker)
@@ -158,6 +149,8 @@ def worker(
     precision: Precision = None,
     lora: Merged = None,
     lora_dir: LoraDir = None,
+    compile: Compile = None,
+    quantize: Quantize = None,
     token_fd: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> int:
     """Run one worker: take jobs from Redis and draw their pictures."""
@@ -166,14 +159,18 @@ def worker(
     folder = _checkpoint_folder(model)
     if not is_name(pool):
         raise MisuseError(f"--pool {pool!r} must be 1 to 64 letters, digits, dots and dashes")
-    settings = _settings(
-        redis_url=redis_url, drain_s=drain_s, precision=precision, lora_dir=lora_dir
-    )
+    work = {"precision": precision, "compile": compile, "quantize": quantize}
+    settings = _settings(redis_url=redis_url, drain_s=drain_s, lora_dir=lora_dir, **work)
     _quiet_libraries()
-    from server.worker.loading import load_model
+    from server.worker.loading import Speed, load_model
     from server.worker.main import run_worker
 
-    load = partial(load_model, merged_loras=lora or (), lora_dir=settings.lora_dir)
+    load = partial(
+        load_model,
+        merged_loras=lora or (),
+        lora_dir=settings.lora_dir,
+        speed=Speed.of(settings),
+    )
     return run_worker(settings, folder, pool=pool, load=load, token_fd=token_fd)
 
 
@@ -202,12 +199,12 @@ def generate(
     precision: Precision = None,
     lora: Merged = None,
     lora_dir: LoraDir = None,
+    no_parameters: NoParameters = False,
+    url: ServerUrl = None,
+    api_key: ApiKey = None,
 ) -> int:
-    """Draw one picture in this process, without a server."""
-    folder = _checkpoint_folder(model)
-    image_format = _image_format(output)
-    settings = _settings(precision=precision, lora_dir=lora_dir)
-    options = {
+    """Draw one picture, in this process or by a server."""
+    options: dict[str, object] = {
         "seed": seed,
         "preset": preset,
         "width": width,
@@ -216,26 +213,18 @@ def generate(
         "guidance_scale": guidance_scale,
         "negative_prompt": negative_prompt,
     }
-    try:
-        request = request_of(prompt, more or [], options)
-    except ValueError as error:
-        raise MisuseError(str(error)) from None
+    here_only = {"--precision": precision, "--lora": lora, "--lora-dir": lora_dir}
+    if url is not None:
+        for option in (name for name, value in here_only.items() if value is not None):
+            raise MisuseError(f"{option} is for drawing in this process, not with --url")
+        options["model"] = str(model) if model else None
+    wish = Wish(prompt, output, options, more or [], embed_parameters=not no_parameters)
+    if url is not None:
+        draw_there(wish, url, api_key)
+        return 0
+    folder = _checkpoint_folder(model)
     _quiet_libraries()
-    from server.worker.local import Drawing
-
-    drawing = Drawing(
-        folder, settings.precision, merged_loras=lora or (), lora_dir=settings.lora_dir
-    )
-    try:
-        drawing.prepare(request)
-    except ValueError as error:
-        raise MisuseError(str(error)) from None
-    with _progress_bar(drawing.state.num_steps) as advance:
-        data = drawing.draw(image_format, advance)
-    output.write_bytes(data)
-    for warning in drawing.state.warnings:
-        print(f"lumina: warning: {warning}", file=sys.stderr)
-    print(f"{output}: {drawing.summary}")
+    draw_here(wish, folder, _settings(precision=precision, lora_dir=lora_dir), lora or ())
     return 0
 
 
@@ -286,11 +275,11 @@ def _quiet_libraries() -> None:
     logging.getLogger("xformers").setLevel(logging.ERROR)
 
 
-def _check_host(host: str, insecure: bool) -> None:
-    from server.api.address import require_loopback
+def _check_host(host: str, insecure: bool, settings: "Settings") -> None:
+    from server.api.address import keys_required
 
     try:
-        require_loopback(host, insecure)
+        keys_required(host, insecure, settings.api_keys)
     except ValueError as error:
         raise MisuseError(str(error)) from None
 
@@ -302,34 +291,6 @@ def _settings(**options: object) -> "Settings":
         return load_settings(**options)
     except SettingsError as error:
         raise MisuseError(str(error)) from None
-
-
-def _image_format(output: Path) -> "OutputFormat":
-    image_format = FORMATS.get(output.suffix.lower())
-    if image_format is None:
-        raise MisuseError(f"--output {output} must end in {', '.join(FORMATS)}")
-    if not output.parent.is_dir():
-        raise MisuseError(f"--output {output}: there is no folder {output.parent}")
-    return image_format
-
-
-@contextmanager
-def _progress_bar(total: int) -> "Iterator[Callable[[], None]]":
-    """Yield a function to call after each step; the bar shows on a terminal only."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    columns = TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("drawing", total=total)
-        yield lambda: progress.advance(task)
 
 
 def _fail(message: str, code: int) -> int:

@@ -1,5 +1,7 @@
 """Settings of every process of the service: `LUMINA_*` variables, typed and checked once."""
 
+import base64
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -9,13 +11,33 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "LUMINA_"
+SECRET_PREFIX = "whsec_"
 
-# Variables of the build and of the model library, read elsewhere.
-FOREIGN_VARIABLES = frozenset({"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION"})
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# Variables of the build, the model library and the command line, read elsewhere.
+FOREIGN_VARIABLES = frozenset(
+    {"LUMINA_TORCH_INDEX", "LUMINA_ATTENTION", "LUMINA_KERNELS", "LUMINA_API_KEY"}
+)
 
 
 class SettingsError(ValueError):
     """A setting is unknown or has a value that is not allowed."""
+
+
+def check_webhook_secret(secret: str) -> str:
+    """Return `secret`; raises ValueError unless it is whsec_ and base64 of 24 to 64 bytes."""
+    try:
+        decoded = base64.b64decode(secret.removeprefix(SECRET_PREFIX), validate=True)
+    except ValueError:
+        decoded = b""
+    if not secret.startswith(SECRET_PREFIX) or not 24 <= len(decoded) <= 64:
+        raise ValueError(f"a webhook secret must be {SECRET_PREFIX} and base64 of 24 to 64 bytes")
+    return secret
+
+
+def _networks(text: str) -> list[Network]:
+    return [ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip()]
 
 
 class Settings(BaseSettings):
@@ -67,6 +89,16 @@ class Settings(BaseSettings):
     max_step_tokens: int = Field(default=65536, ge=1)
     """Image and text tokens, over all branches, that one denoising step may carry."""
 
+    compile: Literal["auto", "off", "blocks", "full"] = "auto"
+    """What `torch.compile` takes on: nothing, each transformer block, or all of them as a whole;
+    auto: `blocks` on a GPU, `off` on a CPU (docs/performance.md)."""
+
+    graph_tokens: int = Field(default=4096, ge=0)
+    """Tokens of the largest step that a GPU replays as a CUDA graph; 0: none."""
+
+    quantize: Literal["none", "fp8"] = "none"
+    """Whether a worker multiplies in fp8 (docs/performance.md)."""
+
     warmup_sizes: str = ""
     """Sizes such as `512x512,1024x768` that a worker draws, besides the default one, before it is
     ready: what a first picture of a size costs extra is then paid by nobody."""
@@ -74,8 +106,24 @@ class Settings(BaseSettings):
     precision: Literal["auto", "fp32", "bf16", "mixed"] = "auto"
     """What a worker computes in; auto: mixed on a GPU, fp32 on a CPU."""
 
+    api_keys: Literal["auto", "required"] = "auto"
+    """When requests need an API key: auto: where others than this machine can connect."""
+
+    webhook_secret: str = Field(default="", repr=False)
+    """Signs the webhooks of callers without an API key, as `whsec_` and base64; empty: one that is
+    drawn once and shown by `lumina keys webhook-secret`."""
+
+    webhook_allow_cidrs: str = ""
+    """Networks such as `10.0.0.0/8,fd00::/8` that webhooks may reach although they are private."""
+
     lora_dir: Path | None = None
     """Folder of LoRA files that requests may name."""
+
+    c2pa_cert: Path | None = None
+    """PEM chain of the certificate that signs pictures with C2PA content credentials."""
+
+    c2pa_key: Path | None = None
+    """PEM private key of `c2pa_cert`."""
 
     @field_validator("warmup_sizes")
     @classmethod
@@ -83,6 +131,22 @@ class Settings(BaseSettings):
         if sizes and not re.fullmatch(r"\s*\d+x\d+\s*(,\s*\d+x\d+\s*)*", sizes):
             raise ValueError("must be a list of sizes such as 512x512,1024x768")
         return sizes
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _check_secret(cls, secret: str) -> str:
+        return check_webhook_secret(secret) if secret else secret
+
+    @field_validator("webhook_allow_cidrs")
+    @classmethod
+    def _check_networks(cls, networks: str) -> str:
+        _networks(networks)
+        return networks
+
+    @property
+    def webhook_networks(self) -> list[Network]:
+        """The networks of `webhook_allow_cidrs`."""
+        return _networks(self.webhook_allow_cidrs)
 
     @property
     def chose_internal_port(self) -> bool:
@@ -117,4 +181,6 @@ def load_settings(**overrides: Any) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         name = ENV_PREFIX + str(first["loc"][0]).upper() if first["loc"] else "settings"
-        raise SettingsError(f"{name}: {first['msg']}, got {first['input']!r}") from None
+        secret = name == ENV_PREFIX + "WEBHOOK_SECRET"
+        shown = "" if secret else f", got {first['input']!r}"
+        raise SettingsError(f"{name}: {first['msg']}{shown}") from None

@@ -2,7 +2,10 @@
 
 ServerError
 ├── MalformedBody       400  the body is no JSON
+├── Unauthorized        401  no API key, or none that is valid
 ├── ForeignHost         403  the Host header names another machine
+├── ForeignOrigin       403  a page of another site sent the request
+├── MissingScope        403  the API key may not do this
 ├── BodyTimeout         408  the body did not arrive in time
 ├── BodyTooLarge        413  the body is longer than allowed
 ├── NotJson             415  the content type is not JSON
@@ -11,6 +14,8 @@ ServerError
 │   └── IdempotencyMismatch 422  an Idempotency-Key used before with another body
 ├── NotFound            404  no such job, image or blob (or somebody else's)
 ├── TooManyJobs         429  the tenant has as many open jobs as it may
+├── QuotaExceeded       429  the tenant has submitted as many jobs today as it may
+├── RateLimited         429  the API key has sent as many requests this minute as it may
 ├── QueueFull           503  depth or memory refuse new work
 ├── DeadlineTooShort    503  the estimated wait is beyond the caller's deadline
 ├── DataLost            503  Redis has lost acknowledged data, and no operator has accepted it
@@ -59,10 +64,31 @@ class MalformedBody(ServerError):
     status = 400
 
 
+class Unauthorized(ServerError):
+    """The request has no API key, or one that is unknown or revoked."""
+
+    code = "unauthorized"
+    status = 401
+
+
 class ForeignHost(ServerError):
     """A service that is open to this machine only was addressed by another name."""
 
     code = "foreign-host"
+    status = 403
+
+
+class ForeignOrigin(ServerError):
+    """A page of another site tries to use a service that is open to this machine only."""
+
+    code = "foreign-origin"
+    status = 403
+
+
+class MissingScope(ServerError):
+    """The API key is valid, but does not have the scope that this needs."""
+
+    code = "missing-scope"
     status = 403
 
 
@@ -98,6 +124,20 @@ class TooManyJobs(ServerError):
     """The tenant has as many jobs that have not ended as it may."""
 
     code = "too-many-jobs"
+    status = 429
+
+
+class QuotaExceeded(ServerError):
+    """The tenant has submitted as many jobs today as it may."""
+
+    code = "quota-exceeded"
+    status = 429
+
+
+class RateLimited(ServerError):
+    """The API key has sent as many requests in this minute as it may."""
+
+    code = "rate-limited"
     status = 429
 
 

@@ -34,15 +34,17 @@ def request_of(prompt: str, assignments: list[str], options: dict[str, Any]) -> 
     """
     from model.request import GenerationRequest, check_settings
 
-    given = {name: value for name, value in options.items() if value is not None}
-    fields = _fields_of(assignments, given)
+    fields = fields_of(assignments, options)
     check_settings({name: value for name, value in fields.items() if name not in _OWN})
     return GenerationRequest(prompt, **fields)
 
 
-def _fields_of(assignments: list[str], options: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``FIELD=VALUE`` texts, values as JSON or else as text, beside named options."""
-    settings = dict(options)
+def fields_of(assignments: list[str], options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``FIELD=VALUE`` texts, values as JSON or else as text, beside named options.
+
+    Raises ValueError with one sentence; what a field may be is for others to check.
+    """
+    settings = {name: value for name, value in options.items() if value is not None}
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals:

@@ -32,6 +32,8 @@ def configure_logging(level: str = "info", **ids: Any) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    for library in ("httpx", "httpcore"):  # they log whole URLs and headers, which hold secrets
+        logging.getLogger(library).setLevel(logging.WARNING)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

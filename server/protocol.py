@@ -99,7 +99,8 @@ class JobSpec(_Message):
     """What to draw. None means: the preset, then the checkpoint, decides. The seed is always set.
 
     The fields that concern the picture are named as in `model.GenerationRequest`. `partial_images`
-    is how many unfinished pictures the caller wants to see of each.
+    is how many unfinished pictures the caller wants to see of each; `embed_parameters` whether the
+    file says how it was made.
     """
 
     prompt: str
@@ -129,6 +130,7 @@ class JobSpec(_Message):
     partial_images: int = 0
     output_format: OutputFormat = "png"
     quality: int | None = None
+    embed_parameters: bool = True
     metadata: dict[str, Any] | None = None
 
     @classmethod
@@ -210,7 +212,8 @@ class JobRecord(_Message):
 
     `position` is 1 for the next of the queued jobs in its pool, None unless queued. `step` of
     `total` is the progress of the current attempt. `expires_ms` is set once the job has ended.
-    `retry_of` names the dead job that this one repeats.
+    `retry_of` names the dead job that this one repeats. `start_ms` is when a queued job may start,
+    by the estimated costs of those before it.
     """
 
     id: str
@@ -233,6 +236,7 @@ class JobRecord(_Message):
     result: JobResult | None
     deadline_ms: int | None = None
     retry_of: str | None = None
+    start_ms: int | None = None
 
     @property
     def finished(self) -> bool:

@@ -3,10 +3,13 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typer.exceptions import Abort, TyperException
+
+if TYPE_CHECKING:
+    from trainer.config import Recipe
 
 app = typer.Typer(
     help="Make the checkpoints that lumina-serve serves.",
@@ -56,8 +59,17 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Override: key.path=value.")
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Print memory per GPU and time; train nothing."),
+    ] = False,
     resume: Annotated[
-        str, typer.Option("--resume", help="auto: go on where --out stopped; never: refuse.")
+        str,
+        typer.Option(
+            "--resume",
+            help="auto: go on where --out stopped; never: refuse; DIR: go on with this run, or "
+            "from this checkpoint of it (newer ones are removed).",
+        ),
     ] = "auto",
 ) -> None:
     """Train a recipe's stages in order; a run that was stopped goes on where it was.
@@ -66,8 +78,6 @@ def train(
     """
     from trainer.config import load_recipe
 
-    if resume not in ("auto", "never"):
-        raise MisuseError(f"--resume {resume!r} is not allowed; choose auto or never")
     try:
         loaded = load_recipe(recipe, settings)
     except ValueError as error:
@@ -78,7 +88,12 @@ def train(
 
     if smoke:
         loaded = shrink(loaded)
+    if plan:
+        _print_plan(loaded)
+        return
     folder = out or Path("runs") / (f"{loaded.name}-smoke" if smoke else loaded.name)
+    if resume not in ("auto", "never"):
+        folder = _resumed(Path(resume), out)
     if resume == "never" and (folder / "recipe.yaml").is_file():
         raise MisuseError(f"--out {str(folder)!r} already holds a run")
     world = init_world()
@@ -88,6 +103,34 @@ def train(
         close_world()
     if world.is_main:
         typer.echo(f"done: {folder}")
+
+
+def _print_plan(recipe: "Recipe") -> None:
+    from rich.console import Console
+
+    from trainer.plan import tables
+
+    for table in tables(recipe):
+        Console().print(table)
+
+
+def _resumed(place: Path, out: Path | None) -> Path:
+    """The run folder that ``--resume DIR`` means."""
+    from trainer.checkpoint import rewind
+
+    if not place.is_dir():
+        raise MisuseError(
+            f"--resume {str(place)!r} is not allowed; give auto, never, or a folder that is there"
+        )
+    if (place / "recipe.yaml").is_file():
+        run = place
+    else:
+        run = place.resolve().parent.parent.parent
+        if out is None or out.resolve() == run:
+            run = rewind(place.resolve())
+    if out is not None and out.resolve() != run.resolve():
+        raise MisuseError(f"--resume {str(place)!r} is of another run than --out {str(out)!r}")
+    return run
 
 
 @app.command()

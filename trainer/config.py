@@ -2,12 +2,20 @@
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from model.config import NextDiTConfig
+from model.templates import TEMPLATE_NAMES
 from trainer.demo.grammar import LEVELS
 from trainer.optim import OptimizerName
 
@@ -34,6 +42,8 @@ class OptimizerConfig(_Strict):
     """Share of the steps, at the end, over which the rate falls to zero."""
     clip: float = 2.0
     """Largest gradient norm."""
+    eps: float = 1e-8
+    """Of AdamW."""
     ema_decay: Share = 0.999
 
 
@@ -122,26 +132,126 @@ class DiffusionConfig(_Strict):
     @field_validator("levels", "templates")
     @classmethod
     def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
-        if min(weights.values(), default=0.0) < 0.0 or sum(weights.values()) <= 0.0:
-            raise ValueError("the weights must not be negative, and one at least above 0")
-        return weights
+        return checked_weights(weights)
+
+
+class DatasetConfig(_Strict):
+    """Where the stages of ``flow`` take their pictures and captions from."""
+
+    path: str | None = None
+    """A folder with ``records.jsonl``; None: ``demo_scenes`` are rendered instead."""
+    demo_scenes: Annotated[int, Field(ge=0)] = 0
+    on_bad: Literal["skip", "stop"] = "skip"
+    """What a picture that cannot be read, or a record without a caption, does to the run."""
+
+
+class FlowStageConfig(_Strict):
+    """One stage of flow matching on a data set of pictures."""
+
+    name: str
+    resolution: Positive
+    """Side in pixels of the square that every aspect bucket has about the area of."""
+    steps: Positive
+    batch_images: Positive
+    """Pictures per step, over all processes: the step does not depend on how many there are."""
+    micro_tokens: Positive
+    """Most caption and image tokens of one packed forward; a step takes as many as it needs."""
+    timestep_shift: float
+    """mu of the shifted log-normal timesteps: t = sigmoid(u - mu)."""
+    auxiliary_weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """Of the loss on the clean latents pooled 4x, with noise and timesteps of their own."""
+    caption_dropout: Share = 0.1
+    levels: dict[str, float]
+    """Caption level to its sampling weight; a caption that names none weighs 1."""
+    languages: dict[str, float]
+    """Caption language to its sampling weight; likewise."""
+    domains: dict[str, str]
+    """Domain of a record to its system prompt; ``default`` for those that name none."""
+    optimizer: OptimizerConfig
+    sharded: bool = True
+    """FSDP2 where there are several processes; otherwise every process holds all weights."""
+    reshard: bool = False
+    """Give up gathered weights between forward and backward: less memory, more traffic."""
+    recompute: bool = True
+    """Activations of the joint blocks are computed again in the backward, not kept."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Of the matrix products; weights, gradients and optimiser are fp32. bf16 becomes fp32 on a
+    CPU that would only emulate it."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is no number does to the run."""
+
+    @field_validator("levels", "languages")
+    @classmethod
+    def _check_weights(cls, weights: dict[str, float]) -> dict[str, float]:
+        return checked_weights(weights)
+
+    @field_validator("domains")
+    @classmethod
+    def _check_domains(cls, domains: dict[str, str]) -> dict[str, str]:
+        if "default" not in domains:
+            raise ValueError("the domain 'default' needs a template")
+        for template in domains.values():
+            if template not in TEMPLATE_NAMES:
+                known = ", ".join(TEMPLATE_NAMES)
+                raise ValueError(f"template {template!r} is unknown; known are {known}")
+        return domains
+
+
+def checked_weights(weights: dict[str, float]) -> dict[str, float]:
+    """Sampling weights; a ValueError where nothing could be drawn by them."""
+    if min(weights.values(), default=0.0) < 0.0 or sum(weights.values()) <= 0.0:
+        raise ValueError("the weights must not be negative, and one at least above 0")
+    return weights
+
+
+class PreviewConfig(_Strict):
+    """Pictures of the same prompts, drawn again and again while a transformer learns."""
+
+    every: Annotated[int, Field(ge=0)] = 1000
+    """Steps between two grids; 0: none."""
+    prompts: list[str] = [
+        "a red circle on a white background",
+        "two green squares",
+        "a blue star to the left of a yellow triangle",
+        "a photo of a mountain lake at dawn",
+    ]
+    num_inference_steps: Positive = 20
+    guidance_scale: float = 4.0
 
 
 class Recipe(_Strict):
-    """Everything a training run does, in order: autoencoder, text encoder, diffusion stages."""
+    """Everything a training run does, in order: autoencoder, text encoder, transformer stages."""
 
     name: str
     seed: int = 0
     description: str = ""
-    vae: VaeConfig
-    text: TextConfig
+    vae: VaeConfig | None = None
+    """None: the autoencoder of ``parts`` or of ``--init`` is used as it is."""
+    text: TextConfig | None = None
+    """None: likewise the text encoder."""
+    parts: str | None = None
+    """A pipeline folder whose autoencoder, text encoder and tokenizer are used as they are."""
     transformer: dict[str, Any]
     """Fields of the Next-DiT configuration; text and latent widths come from the other parts."""
     shift: float = 3.0
     """Sampling shift written to the exported scheduler."""
-    diffusion: list[DiffusionConfig]
+    diffusion: list[DiffusionConfig] = []
+    """Stages on the demo world, whose scenes are rendered as they are needed."""
+    data: DatasetConfig = DatasetConfig()
+    flow: list[FlowStageConfig] = []
+    """Stages on a data set of pictures, after those of ``diffusion``."""
+    previews: PreviewConfig = PreviewConfig()
     generation: dict[str, Any]
     """Content of ``generation_config.json``."""
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> "Recipe":
+        names = self.transformer_stages
+        if not names:
+            raise ValueError("diffusion or flow must have a stage")
+        if len(set(names)) < len(names):
+            raise ValueError(f"every stage needs a name of its own; got {', '.join(names)}")
+        return self
 
     @field_validator("transformer")
     @classmethod
@@ -157,6 +267,11 @@ class Recipe(_Strict):
         if not isinstance(defaults, dict) or not isinstance(defaults.get("width"), int):
             raise ValueError("defaults.width must be a number of pixels")
         return generation
+
+    @property
+    def transformer_stages(self) -> list[str]:
+        """Names of the stages that train the transformer, in order."""
+        return [stage.name for stage in self.diffusion] + [stage.name for stage in self.flow]
 
     @property
     def default_width(self) -> int:
@@ -211,7 +326,7 @@ def _explain(error: ValidationError) -> str:
     fault = error.errors()[0]
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "value_error":
-        return f"{where}: {fault['ctx']['error']}"
+        return f"{where}: {fault['ctx']['error']}" if where else str(fault["ctx"]["error"])
     if fault["type"] != "extra_forbidden":
         return f"{where}: {fault['msg']} (got {str(fault['input'])[:60]!r})"
     model: Any = Recipe

@@ -4,7 +4,7 @@ Started by ``torchrun``; without it there is one process and every function is a
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ class World:
 
     rank: int = 0
     size: int = 1
+    device: str = "cpu"
+    """Where this process computes."""
 
     @property
     def is_main(self) -> bool:
@@ -28,12 +30,16 @@ class World:
 def init_world() -> World:
     """Join the processes torchrun started; CPU cores are shared evenly between them."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
     if size == 1:
-        return World()
+        return World(device=device)
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // size))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return World(rank=dist.get_rank(), size=size)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device != "cpu" else "gloo")
+    return World(rank=dist.get_rank(), size=size, device=device)
 
 
 def close_world() -> None:
@@ -75,8 +81,24 @@ def broadcast_parameters(world: World, parameters: Iterable[Tensor]) -> None:
 
 def average_scalar(world: World, value: float) -> float:
     """Mean of a number over the processes."""
+    (mean,) = average_scalars(world, [value])
+    return mean
+
+
+def average_scalars(world: World, values: Sequence[float]) -> list[float]:
+    """Means of numbers over the processes, in one transfer."""
     if world.size == 1:
-        return value
-    tensor = torch.tensor(value, dtype=torch.float64)
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
-    return float(tensor) / world.size
+    means: list[float] = (tensor / world.size).tolist()
+    return means
+
+
+def gather_names(world: World, names: list[str]) -> list[str]:
+    """The names of all processes, in the order of their ranks."""
+    if world.size == 1:
+        return names
+    gathered: list[list[str]] = [[] for _ in range(world.size)]
+    dist.all_gather_object(gathered, names)
+    return [name for part in gathered for name in part]

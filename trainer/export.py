@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from model.checkpoint import MANIFEST, read_json, sha256_file, write_json, write_manifest
 from model.next_dit import NextDiT
 from trainer import checkpoint
 from trainer.config import Recipe, load_recipe
+from trainer.previews import plain_network
 from trainer.stages.diffusion import transformer_config
-from trainer.stages.run import FINAL
+from trainer.stages.run import parts_of
 
 MODEL_INDEX = {
     "_class_name": "Lumina2Pipeline",
@@ -48,8 +50,7 @@ def export_run(run: Path, out: Path, init: Path | None = None) -> dict[str, Any]
     if not recipe_file.is_file():
         raise ValueError(f"{str(run)!r} is no training run: it has no recipe.yaml")
     recipe = load_recipe(str(recipe_file))
-    vae_folder = init / "vae" if init else run / "compact" / FINAL
-    text_folder = init if init else run / "text" / FINAL
+    vae_folder, text_folder = parts_of(recipe, run, init)
     dit, progress = _newest_transformer(recipe, run, vae_folder, text_folder)
     dit.save_pretrained(out / "transformer", dtype=torch.bfloat16)
     AutoencoderKL.from_pretrained(vae_folder).to(torch.bfloat16).save_pretrained(out / "vae")
@@ -81,17 +82,14 @@ def _newest_transformer(
 ) -> tuple[NextDiT, dict[str, int]]:
     """Averaged weights of the last stage that has any, and the steps of every stage."""
     progress: dict[str, int] = {}
-    newest: tuple[Path, dict[str, Any]] | None = None
-    for stage in recipe.diffusion:
-        state = checkpoint.load_state(run / stage.name)
+    newest: dict[str, Tensor] | None = None
+    for name in recipe.transformer_stages:
+        state = checkpoint.load_average(run / name)
         if state is not None:
-            progress[stage.name] = int(state["step"])
-            newest = run / stage.name, state
+            progress[name], newest = state
     if newest is None:
-        raise ValueError(f"{str(run)!r} has no diffusion stage with a saved state yet")
+        raise ValueError(f"{str(run)!r} has no transformer stage with a checkpoint yet")
     vae_config = read_json(vae_folder / "config.json")
     text_config = read_json(text_folder / "text_encoder" / "config.json")
     config = transformer_config(recipe, vae_config["latent_channels"], text_config["hidden_size"])
-    dit = NextDiT(config)
-    dit.load_state_dict(newest[1]["ema"]["average"])
-    return dit, progress
+    return plain_network(config, newest), progress

@@ -105,6 +105,7 @@ def build_optimizers(
     matrix_lr: float,
     betas: tuple[float, float],
     world: World | None = None,
+    eps: float = 1e-8,
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the hidden matrices and AdamW for the rest.
 
@@ -120,17 +121,18 @@ def build_optimizers(
         matrix_lr: of Muon.
         betas: of AdamW.
         world: processes that share Muon's work.
+        eps: of AdamW.
     """
     trainable = [(k, p) for k, p in module.named_parameters() if p.requires_grad]
     if name == "adamw":
-        return [torch.optim.AdamW([p for _, p in trainable], lr, betas, weight_decay=0.0)]
+        return [torch.optim.AdamW([p for _, p in trainable], lr, betas, eps, weight_decay=0.0)]
     outer = ("x_embedder", "final_layer", "time_embedder", "modulation", "embed_tokens", "heads")
     matrices = [p for k, p in trainable if p.ndim >= 2 and not any(o in k for o in outer)]
     chosen = {id(p) for p in matrices}
     rest = [p for _, p in trainable if id(p) not in chosen]
     return [
         MatrixMuon(matrices, matrix_lr, world),
-        torch.optim.AdamW(rest, lr, betas, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr, betas, eps, weight_decay=0.0),
     ]
 
 

@@ -18,7 +18,7 @@ def fast_dtype(device_type: str) -> torch.dtype:
     return torch.bfloat16
 
 
-def mixed_precision(device_type: str = "cpu") -> AbstractContextManager[None]:
+def mixed_precision(device_type: str) -> AbstractContextManager[None]:
     """Autocast to :func:`fast_dtype`; weights and reductions stay fp32."""
     dtype = fast_dtype(device_type)
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32)

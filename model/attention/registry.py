@@ -28,6 +28,7 @@ BACKENDS: dict[str, _Open] = {
     "cudnn": open_cudnn,
     "sdpa": open_sdpa,
 }
+LENGTHS_ON_DEVICE = ("varlen",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,14 @@ class Backend:
 
     name: str
     plan: Plan
+
+    @property
+    def lengths_on_device(self) -> bool:
+        """Whether its kernel reads lengths from the layout's `cu_seqlens` alone, as a graph must.
+
+        Of the host's numbers it then uses the largest length only, as a bound.
+        """
+        return self.name in LENGTHS_ON_DEVICE
 
 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:

@@ -1,4 +1,4 @@
-"""Which addresses only this machine can reach, and the rule about all others."""
+"""Which addresses only this machine can reach, and where API keys are required."""
 
 import ipaddress
 
@@ -13,10 +13,14 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def require_loopback(host: str, insecure: bool) -> None:
-    """Raise ValueError unless `host` is a loopback address or `insecure` allows any other."""
-    if not insecure and not is_loopback(host):
-        raise ValueError(
-            f"--host {host} opens the service to other machines without API keys; "
-            f"give --insecure to allow that, or use 127.0.0.1"
-        )
+def keys_required(host: str, insecure: bool, mode: str) -> bool:
+    """Whether a service that binds to `host` serves nobody without an API key.
+
+    `mode` is LUMINA_API_KEYS: `required` asks for keys on a loopback address too. Raises ValueError
+    where `insecure` contradicts it.
+    """
+    if mode == "required":
+        if insecure:
+            raise ValueError("--insecure contradicts LUMINA_API_KEYS=required: give only one")
+        return True
+    return not insecure and not is_loopback(host)

@@ -9,25 +9,31 @@ from server.protocol import DEFAULT_POOL, ModelInfo
 MAX_PIXEL_STEPS = 8 * 1024 * 1024 * 100
 
 
+async def offers(context: ApiContext) -> list[tuple[str, ModelInfo]]:
+    """Return every pool and what it serves, the default first; raises ModelNotReady if nobody does.
+
+    Workers publish what they serve once their model is loaded.
+    """
+    pools = sorted(await context.queue.pools(), key=lambda pool: (pool != DEFAULT_POOL, pool))
+    infos = [(pool, await context.queue.model_info(pool)) for pool in pools]
+    found = [(pool, info) for pool, info in infos if info is not None]
+    if not found:
+        raise ModelNotReady("no worker has loaded a model yet; try again in a few seconds")
+    return found
+
+
 async def find_model(context: ApiContext, name: str | None) -> tuple[str, ModelInfo]:
     """Return the pool that serves the model called `name` (None: the default) and its offer.
 
     Raises ModelNotReady while no worker has published anything, UnknownModel for another name.
     """
-    pools = sorted(await context.queue.pools(), key=lambda pool: (pool != DEFAULT_POOL, pool))
-    offers: list[tuple[str, ModelInfo]] = []
-    for pool in pools:
-        info = await context.queue.model_info(pool)
-        if info is not None:
-            offers.append((pool, info))
-    if not offers:
-        raise ModelNotReady("no worker has loaded a model yet; try again in a few seconds")
-    for pool, info in offers:
+    served = await offers(context)
+    for pool, info in served:
         if name is None or name in (info.name, pool):
             return pool, info
-    served = ", ".join(info.name for _, info in offers)
+    names = ", ".join(info.name for _, info in served)
     asked = printable(name or "")
-    raise UnknownModel(f"model must be one that is served ({served}), got '{asked}'")
+    raise UnknownModel(f"model must be one that is served ({names}), got '{asked}'")
 
 
 def _number(body: GenerateBody, info: ModelInfo, field: str, default: int) -> int:

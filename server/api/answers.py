@@ -5,6 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from server.api.image_links import ImageLinks
 from server.protocol import JobRecord, JobStatus
 
 
@@ -16,7 +17,7 @@ class ErrorAnswer(BaseModel):
 
 
 class ImageAnswer(BaseModel):
-    """One picture; `url` is a path on this server."""
+    """One picture; `url` is a path on this server, with an expiring signature where keys are on."""
 
     url: str
     sha256: str
@@ -52,6 +53,9 @@ class JobAnswer(BaseModel):
     status: JobStatus
     error: ErrorAnswer | None
     position: int | None = Field(description="1 = next of the queued jobs; null unless queued")
+    estimated_start: str | None = Field(
+        description="by the estimated costs of the jobs before it; null unless queued"
+    )
     step: int
     total: int = Field(description="steps of this job; 0 until a worker has prepared it")
     attempt: int
@@ -73,19 +77,22 @@ class JobAnswer(BaseModel):
     metadata: dict[str, Any] | None
 
 
-def _when(time_ms: int | None) -> str | None:
-    if time_ms is None:
-        return None
+def rfc3339(time_ms: int) -> str:
+    """Return a time in ms since 1970 as RFC 3339 writes it, in UTC."""
     text = datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
     return text.replace("+00:00", "Z")
 
 
-def job_answer(record: JobRecord) -> JobAnswer:
+def _when(time_ms: int | None) -> str | None:
+    return None if time_ms is None else rfc3339(time_ms)
+
+
+def job_answer(record: JobRecord, links: ImageLinks) -> JobAnswer:
     """Return what a caller sees of a job."""
     result = record.result
     images = [
         ImageAnswer(
-            url=f"/jobs/{record.id}/images/{index}",
+            url=links.url(record.id, index),
             sha256=image.sha256,
             width=image.width,
             height=image.height,
@@ -99,10 +106,11 @@ def job_answer(record: JobRecord) -> JobAnswer:
         status=record.status,
         error=ErrorAnswer(code=error.code, detail=error.detail) if error else None,
         position=record.position,
+        estimated_start=_when(record.start_ms),
         step=record.step,
         total=record.total,
         attempt=record.attempts,
-        submitted_at=_when(record.submitted_ms) or "",
+        submitted_at=rfc3339(record.submitted_ms),
         started_at=_when(record.started_ms),
         finished_at=_when(record.finished_ms),
         expires_at=_when(record.expires_ms),

@@ -2,7 +2,6 @@
 
 import asyncio
 import secrets
-from typing import Any
 
 import structlog
 from fastapi import APIRouter
@@ -11,10 +10,13 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.admission import find_model, price
 from server.api.answers import JobAnswer, job_answer
+from server.api.auth import Caller, caller
 from server.api.context import ApiContext, context_of, promptly
+from server.api.examples import BODIES, QUEUED, SUCCEEDED
 from server.api.jobs import image_response
 from server.api.negotiation import read_idempotency, read_json, read_prefer, wanted_format
-from server.api.problems import Problem, error_problem, job_problem
+from server.api.openapi import BODY, QUEUE, SUBMIT, answer, header, json_body, problems
+from server.api.problems import error_problem, job_problem
 from server.api.schemas import (
     MAX_SEED,
     GenerateBody,
@@ -22,44 +24,44 @@ from server.api.schemas import (
     check_against_model,
     job_spec,
     parse_generate,
+    printable,
 )
+from server.api.webhook_targets import ForbiddenTarget
 from server.errors import QueueUnavailable, ServerError
 from server.protocol import MEDIA_TYPES, JobRecord, OutputFormat, new_job_id
 from server.queue.connection import end_tasks
-from server.queue.jobs import Idempotency
+from server.queue.jobs import Idempotency, Webhook
 
 CLIENT_CLOSED = 499  # never sent: the client is gone; it names the outcome in the log
 
 log = structlog.get_logger(__name__)
 router = APIRouter()
 
-_PROBLEM: dict[str, Any] = {
-    "description": "A problem, in words",
-    "content": {"application/problem+json": {"schema": Problem.model_json_schema()}},
-}
 _IMAGE = {"schema": {"type": "string", "format": "binary"}}
-_RESPONSES: dict[int | str, dict[str, Any]] = {
+_RESPONSES = problems(*BODY, *SUBMIT, *QUEUE) | {
     200: {
         "model": JobAnswer,
         "description": "The finished job, or its single picture where Accept asks for one",
-        "content": dict.fromkeys(MEDIA_TYPES.values(), _IMAGE),
+        "content": {"application/json": {"example": SUCCEEDED}}
+        | dict.fromkeys(MEDIA_TYPES.values(), _IMAGE),
     },
-    202: {"model": JobAnswer, "description": "Accepted; follow Location"},
-    "4XX": _PROBLEM,
-    "5XX": _PROBLEM,
+    202: {"model": JobAnswer, **answer("Accepted; follow Location", QUEUED)},
 }
+_HEADERS = [
+    header("Prefer", "respond-async: 202 at once; wait=N: 202 after N seconds", "wait=10"),
+    header(
+        "Idempotency-Key",
+        "up to 255 printable characters; the same request again gets the first one's job",
+        "order-5",
+    ),
+]
 
 
 @router.post(
     "/generate",
     responses=_RESPONSES,
     summary="Draw a picture",
-    openapi_extra={
-        "requestBody": {
-            "required": True,
-            "content": {"application/json": {"schema": GenerateBody.model_json_schema()}},
-        }
-    },
+    openapi_extra=json_body(GenerateBody, BODIES) | {"parameters": _HEADERS},
 )
 async def generate(request: Request) -> Response:
     """Draw what the body asks for; waits for the picture unless `Prefer` says otherwise."""
@@ -68,11 +70,11 @@ async def generate(request: Request) -> Response:
     accepted_format = wanted_format(request)
     body = parse_generate(await read_json(request))
     output_format = _output_format(body, accepted_format)
-    idempotency = read_idempotency(request, body, output_format)
-    record = await _submit(context, body, output_format, idempotency)
+    idempotency = read_idempotency(request, body.model_dump(), output_format)
+    record = await submit(context, caller(request), body, output_format, idempotency)
     if preference.wait_s > 0:
         try:
-            waited = await _wait(
+            waited = await wait_for(
                 request, context, record.id, preference.wait_s, abandon=idempotency is None
             )
         except ServerError as error:  # the job lives on; tell the caller where
@@ -82,12 +84,12 @@ async def generate(request: Request) -> Response:
             return Response(status_code=CLIENT_CLOSED)
         record = waited
     if not record.finished:
-        return _accepted(record, preference.applied)
+        return _accepted(context, record, preference.applied)
     if record.status != "succeeded":
         return job_problem(request.scope, record)
     if accepted_format is not None:
         return await image_response(context, record, 0)
-    return JSONResponse(job_answer(record).model_dump())
+    return JSONResponse(job_answer(record, context.image_links).model_dump())
 
 
 def _output_format(body: GenerateBody, accepted: OutputFormat | None) -> OutputFormat:
@@ -106,30 +108,49 @@ def _output_format(body: GenerateBody, accepted: OutputFormat | None) -> OutputF
     return accepted
 
 
-async def _submit(
+async def submit(
     context: ApiContext,
+    who: Caller,
     body: GenerateBody,
     output_format: OutputFormat,
     idempotency: Idempotency | None,
+    partial_images: int = 0,
 ) -> JobRecord:
+    """Check a body against its model, price it and queue it; an absent seed is drawn here."""
     pool, info = await promptly(find_model(context, body.model))
     check_against_model(body, info)
     cost_ms = price(body, info)
+    webhook = await _webhook(context, who, body)
     seed = secrets.randbelow(MAX_SEED + 1) if body.seed is None else body.seed
-    spec = job_spec(body, seed=seed, output_format=output_format)
+    spec = job_spec(body, seed=seed, output_format=output_format, partial_images=partial_images)
     submission = context.queue.submit(
         new_job_id(),
         spec,
+        tenant=who.tenant,
         pool=pool,
         priority=body.priority or "normal",
         cost_ms=cost_ms,
         deadline_s=body.deadline_s,
         idempotency=idempotency,
+        limits=who.limits,
+        webhook=webhook,
     )
     return await promptly(submission, context.queue.confirm_s)
 
 
-async def _wait(
+async def _webhook(context: ApiContext, who: Caller, body: GenerateBody) -> Webhook | None:
+    """What is told of the job's end; raises InvalidFields for a URL that must not be called."""
+    if body.webhook_url is None:
+        return None
+    try:
+        await context.webhook_guard.check(body.webhook_url)
+    except ForbiddenTarget as error:
+        sentence = f"webhook_url {error}, got '{printable(body.webhook_url)}'"
+        raise InvalidFields([("webhook_url", sentence)]) from None
+    return Webhook(body.webhook_url, who.key_hash)
+
+
+async def wait_for(
     request: Request, context: ApiContext, job_id: str, wait_s: float, *, abandon: bool
 ) -> JobRecord | None:
     """Return the job when it has ended, time is up or the service stops.
@@ -145,7 +166,7 @@ async def _wait(
             return finished.result()
         if left.done():
             if abandon:
-                await _cancel_quietly(context, job_id)
+                await cancel_quietly(context, job_id)
             return None
         record = await promptly(context.queue.get(job_id))
         if record is None:
@@ -161,7 +182,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def _cancel_quietly(context: ApiContext, job_id: str) -> None:
+async def cancel_quietly(context: ApiContext, job_id: str) -> None:
+    """Cancel the job of a client that has left: nobody hears whether it worked."""
     try:
         await promptly(context.queue.cancel(job_id))
         log.info("client left; job canceled", job=job_id)
@@ -169,8 +191,10 @@ async def _cancel_quietly(context: ApiContext, job_id: str) -> None:
         log.warning("client left; job could not be canceled", job=job_id, reason=error.detail)
 
 
-def _accepted(record: JobRecord, applied: str | None) -> Response:
+def _accepted(context: ApiContext, record: JobRecord, applied: str | None) -> Response:
     headers = {"Location": f"/jobs/{record.id}", "Retry-After": "1"}
     if applied:
         headers["Preference-Applied"] = applied
-    return JSONResponse(job_answer(record).model_dump(), status_code=202, headers=headers)
+    return JSONResponse(
+        job_answer(record, context.image_links).model_dump(), status_code=202, headers=headers
+    )

@@ -7,12 +7,20 @@ from starlette.responses import JSONResponse, Response
 
 from server.api.admission import find_model
 from server.api.context import ApiContext, context_of, promptly
+from server.api.examples import OFFER
+from server.api.openapi import QUEUE, answer, problems
 from server.api.schemas import MAX_IMAGES
 from server.errors import DataLost, ModelNotReady, QueueUnavailable
 from server.protocol import ModelInfo
 
 router = APIRouter()
 probes = APIRouter()
+
+
+class Health(BaseModel):
+    """How this process is."""
+
+    status: str
 
 
 class Limits(BaseModel):
@@ -38,19 +46,35 @@ class Offer(BaseModel):
     loras: list[str]
 
 
-@probes.get("/livez", summary="The process answers")
+@probes.get(
+    "/livez",
+    response_model=Health,
+    responses=problems() | {200: answer("Alive", {"status": "alive"})},
+    summary="The process answers",
+)
 async def livez() -> Response:
     """Alive; never touches Redis."""
     return JSONResponse({"status": "alive"})
 
 
-@probes.get("/startupz", summary="The process has started")
+@probes.get(
+    "/startupz",
+    response_model=Health,
+    responses=problems() | {200: answer("Started", {"status": "started"})},
+    summary="The process has started",
+)
 async def startupz() -> Response:
     """Started; never touches Redis."""
     return JSONResponse({"status": "started"})
 
 
-@probes.get("/readyz", summary="Requests are welcome")
+@probes.get(
+    "/readyz",
+    response_model=Health,
+    responses=problems("data-lost", "model-not-ready", "queue-unavailable")
+    | {200: answer("Ready", {"status": "ready"})},
+    summary="Requests are welcome",
+)
 async def readyz(request: Request) -> Response:
     """Ready when Redis answers and, in `lumina serve`, a live worker has loaded its model."""
     context = context_of(request)
@@ -71,7 +95,12 @@ async def _require_worker(context: ApiContext) -> None:
         raise ModelNotReady("no worker is alive")
 
 
-@router.get("/presets", response_model=Offer, summary="What the model offers")
+@router.get(
+    "/presets",
+    response_model=Offer,
+    responses=problems("model-not-ready", *QUEUE) | {200: answer("The offer", OFFER)},
+    summary="What the model offers",
+)
 async def presets(request: Request) -> Offer:
     """Limits, defaults, presets, prompt templates and LoRAs of the default model."""
     _, info = await promptly(find_model(context_of(request), None))

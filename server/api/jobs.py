@@ -1,25 +1,44 @@
-"""`/jobs/{id}`: what became of a job, its pictures, and its end by the caller's wish."""
+"""`/jobs`: what became of jobs, their pictures, and their end by the caller's wish."""
 
 import asyncio
 import time
+from typing import Annotated
+from urllib.parse import urlencode
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.api.answers import JobAnswer, job_answer
+from server.api.auth import Caller, caller
 from server.api.context import ApiContext, context_of, promptly
+from server.api.examples import CANCELED, SUCCEEDED
+from server.api.openapi import QUEUE, Responses, answer, problems
 from server.api.schemas import printable
 from server.errors import NotFound
-from server.protocol import DEFAULT_TENANT, MEDIA_TYPES, ImageRef, JobRecord, is_job_id
+from server.protocol import (
+    MEDIA_TYPES,
+    ImageRef,
+    JobRecord,
+    JobStatus,
+    is_job_id,
+)
+from server.queue.erasure import erase
+
+PAGE = 20
+MAX_PAGE = 100
+LIST_S = 4.0  # a page of a long list takes many questions
+ERASE_S = 10.0  # removing pictures may reach another server
 
 router = APIRouter(prefix="/jobs/{job_id}")
+listing = APIRouter()
 
 
-async def _find(context: ApiContext, job_id: str) -> JobRecord:
-    """The caller's job; raises NotFound for any other."""
+async def find_job(context: ApiContext, who: Caller, job_id: str) -> JobRecord:
+    """Return the caller's job; raises NotFound for any other."""
     record = await promptly(context.queue.get(job_id)) if is_job_id(job_id) else None
-    if record is None or record.tenant != DEFAULT_TENANT:
+    if record is None or not who.sees(record):
         raise _no_job(job_id)
     return record
 
@@ -28,19 +47,44 @@ def _no_job(job_id: str) -> NotFound:
     return NotFound(f"there is no job '{printable(job_id)}'")
 
 
-@router.get("", response_model=JobAnswer, summary="What became of a job")
+_MISSING = problems("not-found", *QUEUE)
+_ENDED: Responses = {200: answer("The job as it is now", CANCELED)}
+
+
+@router.get(
+    "",
+    response_model=JobAnswer,
+    responses=_MISSING | {200: answer("The job as it is now", SUCCEEDED)},
+    summary="What became of a job",
+)
 async def get_job(request: Request, job_id: str) -> Response:
     """Status, queue position, step i of n, timings and pictures of a job."""
-    record = await _find(context_of(request), job_id)
+    context = context_of(request)
+    record = await find_job(context, caller(request), job_id)
     headers = {"Cache-Control": "no-store"}
-    return JSONResponse(job_answer(record).model_dump(), headers=headers)
+    return JSONResponse(job_answer(record, context.image_links).model_dump(), headers=headers)
 
 
-@router.get("/images/{index}", summary="A picture of a job")
+@router.get(
+    "/images/{index}",
+    response_class=Response,
+    responses=problems("not-found", "storage-unavailable", *QUEUE)
+    | {
+        200: {
+            "description": "The picture",
+            "content": {
+                media: {"schema": {"type": "string", "format": "binary"}}
+                for media in MEDIA_TYPES.values()
+            },
+        },
+        304: {"description": "You have it already: If-None-Match names its ETag"},
+    },
+    summary="A picture of a job",
+)
 async def get_image(request: Request, job_id: str, index: str) -> Response:
     """The bytes of one picture; its ETag is their sha256."""
     context = context_of(request)
-    record = await _find(context, job_id)
+    record = await find_job(context, caller(request), job_id)
     image = _image(record, index)
     wanted = request.headers.get("if-none-match", "")
     tags = {tag.strip().removeprefix("W/") for tag in wanted.split(",")}
@@ -73,24 +117,86 @@ def _image_headers(record: JobRecord, image: ImageRef) -> dict[str, str]:
     }
 
 
-async def image_response(context: ApiContext, record: JobRecord, index: int) -> Response:
-    """Read one picture of a finished job from the blob store. Raises NotFound if it is gone."""
-    assert record.result is not None
-    image = record.result.images[index]
+async def read_image(context: ApiContext, record: JobRecord, index: int) -> bytes:
+    """Read one picture of a job from the blob store. Raises NotFound if there is none (now)."""
+    image = _image(record, str(index))
     try:
-        data = await asyncio.to_thread(context.blobs.get, image.path, image.sha256)
+        return await asyncio.to_thread(context.blobs.get, image.path, image.sha256)
     except NotFound:
         raise NotFound(f"image {index} of job {record.id} is no longer stored") from None
+
+
+async def image_response(context: ApiContext, record: JobRecord, index: int) -> Response:
+    """Answer with one picture of a job; raises as `read_image`."""
+    image = _image(record, str(index))
+    data = await read_image(context, record, index)
     headers = _image_headers(record, image)
     return Response(data, media_type=MEDIA_TYPES[image.format], headers=headers)
 
 
-@router.post("/cancel", response_model=JobAnswer, summary="Cancel a job")
+@router.post(
+    "/cancel", response_model=JobAnswer, responses=_MISSING | _ENDED, summary="Cancel a job"
+)
 async def cancel_job(request: Request, job_id: str) -> Response:
     """Cancel a job: a queued one at once, a running one at its next step. Safe to repeat."""
     context = context_of(request)
-    await _find(context, job_id)
+    await find_job(context, caller(request), job_id)
     record = await promptly(context.queue.cancel(job_id))
     if record is None:
         raise _no_job(job_id)
-    return JSONResponse(job_answer(record).model_dump())
+    return JSONResponse(job_answer(record, context.image_links).model_dump())
+
+
+@router.delete(
+    "",
+    response_model=JobAnswer,
+    responses=problems("not-found", "storage-unavailable", *QUEUE) | _ENDED,
+    summary="Erase a job",
+)
+async def delete_job(request: Request, job_id: str) -> Response:
+    """Cancel a job that has not ended, and erase its prompt and pictures. Safe to repeat.
+
+    What is left tells how it ended, for as long as any job is kept.
+    """
+    context = context_of(request)
+    await find_job(context, caller(request), job_id)
+    record = await promptly(erase(context.queue, context.blobs, job_id), ERASE_S)
+    if record is None:
+        raise _no_job(job_id)
+    return JSONResponse(job_answer(record, context.image_links).model_dump())
+
+
+class JobList(BaseModel):
+    """Some of the caller's jobs, the newest first."""
+
+    jobs: list[JobAnswer]
+
+
+@listing.get(
+    "/jobs",
+    response_model=JobList,
+    responses=problems("invalid-request", *QUEUE)
+    | {200: answer("Your jobs, the newest first", {"jobs": [SUCCEEDED]})},
+    summary="Your jobs",
+)
+async def list_jobs(
+    request: Request,
+    status: Annotated[JobStatus | None, Query(description="only jobs of this status")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="at most so many")] = PAGE,
+    cursor: Annotated[
+        str | None, Query(pattern=r"^[0-9]{1,15}$", description="of the page before")
+    ] = None,
+) -> Response:
+    """The caller's own jobs, the newest first. A header `Link: <...>; rel="next"` continues."""
+    context = context_of(request)
+    reading = context.queue.list_jobs(
+        caller(request).tenant, status=status, limit=limit, cursor=cursor
+    )
+    page = await promptly(reading, LIST_S)
+    headers = {"Cache-Control": "no-store"}
+    if page.cursor is not None:
+        query = {"status": status, "limit": limit, "cursor": page.cursor}
+        given = {name: value for name, value in query.items() if value is not None}
+        headers["Link"] = f'</jobs?{urlencode(given)}>; rel="next"'
+    jobs = [job_answer(record, context.image_links).model_dump() for record in page.records]
+    return JSONResponse({"jobs": jobs}, headers=headers)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import structlog
 import uvicorn
 
-from server.api.address import require_loopback
+from server.api.address import keys_required
 from server.api.app import create_app
 from server.api.context import ApiContext
 from server.api.internal import InternalServer
@@ -59,11 +59,17 @@ def run_api(
 ) -> int:
     """Serve the API until SIGINT or SIGTERM; returns the exit code.
 
-    Raises ValueError for a `host` that needs `insecure`, ServiceError if it cannot be bound.
+    Raises ValueError for options that contradict each other, ServiceError if `host` cannot be
+    bound.
     """
-    require_loopback(host, insecure)
+    with_keys = keys_required(host, insecure, settings.api_keys)
     configure_logging(settings.log_level, process="api")
-    app = create_app(settings, loopback_only=not insecure, needs_worker=needs_worker)
+    app = create_app(
+        settings,
+        loopback_only=not insecure and not with_keys,
+        keys_required=with_keys,
+        needs_worker=needs_worker,
+    )
     listener = _listen(host, port)
     config = uvicorn.Config(
         app,
@@ -77,7 +83,7 @@ def run_api(
     server = _ApiServer(config)
     server.context = app.state.context
     server.internal = _internal_listener(settings)
-    log.info("api listening", host=host, port=listener.getsockname()[1])
+    log.info("api listening", host=host, port=listener.getsockname()[1], keys=with_keys)
     with listener, server.internal or contextlib.nullcontext():
         server.run(sockets=[listener])
     return 0

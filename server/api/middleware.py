@@ -14,11 +14,12 @@ from server import metrics
 from server.api.address import is_loopback
 from server.api.problems import error_problem, problem
 from server.api.schemas import printable
-from server.errors import ForeignHost
+from server.errors import ForeignHost, ForeignOrigin
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 CLIENT_CLOSED = 499  # counted where the client left before there was an answer
 PROBES = frozenset({"/livez", "/readyz", "/startupz"})
+SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
@@ -46,7 +47,8 @@ class RequestGuard:
     """ASGI middleware that gives each request an id and never lets an exception out.
 
     With `loopback_only`, a request whose Host header is no loopback name is refused: a foreign web
-    page that points its own name at this machine cannot drive the service.
+    page that points its own name at this machine cannot drive the service. Nor can one that sends
+    forms to this machine's own name: a change must come from a loopback page, or from no page.
     """
 
     def __init__(self, app: ASGIApp, loopback_only: bool) -> None:
@@ -61,14 +63,18 @@ class RequestGuard:
         headers = Headers(scope=scope)
         sent_id = headers.get("x-request-id", "")
         request_id = sent_id if _REQUEST_ID.fullmatch(sent_id) else secrets.token_hex(16)
-        scope.setdefault("state", {})["request_id"] = request_id
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+                answer = MutableHeaders(scope=message)
+                answer["X-Request-Id"] = request_id
+                if "answer_headers" in state:  # see server.api.auth
+                    answer.update(await state["answer_headers"]())
             await send(message)
 
         started = time.monotonic()
@@ -91,14 +97,41 @@ class RequestGuard:
                 method=scope["method"],
                 path=scope["path"],
                 status=status,
+                key=state.get("key_id"),
                 duration_ms=round(took_s * 1000),
             )
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
-        if self._loopback_only and not is_loopback(host_name(headers.get("host", ""))):
-            shown = printable(headers.get("host", ""))
-            allowed = "localhost or a loopback address such as 127.0.0.1"
-            error = ForeignHost(f"the Host header must name {allowed}, got '{shown}'")
+        error = self._foreign(scope["method"], headers) if self._loopback_only else None
+        if error is not None:
             await error_problem(scope, error)(scope, receive, send)
             return
+        await self._app(scope, receive, send)
+
+    def _foreign(self, method: str, headers: Headers) -> ForeignHost | ForeignOrigin | None:
+        allowed = "localhost or a loopback address such as 127.0.0.1"
+        host = headers.get("host", "")
+        if not is_loopback(host_name(host)):
+            return ForeignHost(f"the Host header must name {allowed}, got '{printable(host)}'")
+        origin = headers.get("origin")
+        if method in SAFE_METHODS or origin is None:
+            return None
+        if not is_loopback(host_name(origin.partition("://")[2])):
+            return ForeignOrigin(f"the Origin must be {allowed}, got '{printable(origin)}'")
+        return None
+
+
+class WholeAnswers:
+    """ASGI middleware that ignores Range headers, as a server may: what is served is small, and
+    Starlette would answer malformed ones in plain text.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on without its Range header."""
+        if scope["type"] == "http":
+            kept = [(name, value) for name, value in scope["headers"] if name != b"range"]
+            scope = {**scope, "headers": kept}
         await self._app(scope, receive, send)

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from starlette.requests import Request
 
-from server.api.schemas import GenerateBody, printable
+from server.api.schemas import printable
 from server.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MalformedBody, NotJson
 from server.protocol import MEDIA_TYPES, OutputFormat
 from server.queue.jobs import Idempotency
@@ -72,10 +72,9 @@ def _weight(parameters: list[str]) -> float:
     return 1.0
 
 
-def read_idempotency(
-    request: Request, body: GenerateBody, output_format: OutputFormat
-) -> Idempotency | None:
-    """Read the Idempotency-Key header, with what it stands for; raises InvalidRequest."""
+def read_idempotency(request: Request, *asked: Any) -> Idempotency | None:
+    """Read the Idempotency-Key header, with what it stands for: JSON values that say what was
+    asked. Raises InvalidRequest."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return None
@@ -84,7 +83,7 @@ def read_idempotency(
             f"Idempotency-Key must have 1 to {MAX_KEY_LENGTH} printable characters, "
             f"got '{printable(key)}'"
         )
-    meant = json.dumps([body.model_dump(), output_format], sort_keys=True)
+    meant = json.dumps(asked, sort_keys=True)
     return Idempotency(_sha256(key), _sha256(meant))
 
 

@@ -2,16 +2,20 @@
 
 import math
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import structlog
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
-from server.api.schemas import InvalidFields, printable
+from server import metrics
+from server.api.openai_errors import is_openai, openai_error
+from server.api.schemas import InvalidFields, printable, shown
 from server.errors import QueueUnavailable, ServerError
 from server.protocol import JobRecord
 
@@ -20,7 +24,10 @@ TYPE_PREFIX = "urn:lumina:problem:"
 
 TITLES = {
     "malformed-body": "The body is not JSON",
+    "unauthorized": "An API key is needed",
     "foreign-host": "The host name is not served",
+    "foreign-origin": "Pages of other sites may not use this service",
+    "missing-scope": "The API key may not do this",
     "not-found": "Not found",
     "method-not-allowed": "The method is not allowed",
     "body-timeout": "The body did not arrive in time",
@@ -32,6 +39,8 @@ TITLES = {
     "job-expired": "The job missed its deadline",
     "job-failed": "The job failed",
     "too-many-jobs": "Too many of your jobs are open",
+    "quota-exceeded": "Your jobs of today are used up",
+    "rate-limited": "Too many requests",
     "deadline-too-short": "The deadline cannot be met",
     "idempotency-mismatch": "The idempotency key was used with another body",
     "data-lost": "The queue has lost data",
@@ -41,8 +50,26 @@ TITLES = {
     "storage-unavailable": "The picture store is unavailable",
     "model-not-ready": "No model is loaded yet",
     "service-error": "The service is broken",
+    "timeout": "The picture took longer than a caller may wait",
     "internal": "Internal error",
     "http-error": "The request cannot be served",
+}
+
+
+def _tree(base: type[ServerError]) -> Iterator[type[ServerError]]:
+    yield base
+    for below in base.__subclasses__():
+        yield from _tree(below)
+
+
+# The status of every code, outside OpenAI's paths; `http-error` keeps whatever it had.
+STATUSES: dict[str, int] = {error.code: error.status for error in _tree(ServerError)} | {
+    "method-not-allowed": 405,
+    "job-canceled": 409,
+    "job-failed": 500,
+    "out-of-memory": 503,
+    "job-expired": 504,
+    "timeout": 504,
 }
 
 LONGEST_RETRY_S = 120
@@ -101,8 +128,18 @@ def problem(
     job: str | None = None,
     errors: list[FieldProblem] | None = None,
     retry_s: float | None = None,
-) -> ProblemResponse:
-    """Build the response of one problem; a 429 or 503 always says when to come back."""
+) -> JSONResponse:
+    """Build the response of one problem; a 429 or 503 always says when to come back.
+
+    OpenAI's paths get OpenAI's error object instead.
+    """
+    headers = dict(headers or {})
+    if status in (429, 503):
+        headers.setdefault("Retry-After", str(retry_after(retry_s)))
+    if status == 401:
+        headers.setdefault("WWW-Authenticate", 'Bearer realm="lumina"')
+    if is_openai(scope["path"]):
+        return openai_error(status, code, detail, [error.field for error in errors or ()], headers)
     body = Problem(
         type=TYPE_PREFIX + code,
         title=TITLES[code],
@@ -113,27 +150,27 @@ def problem(
         job=job,
         errors=errors,
     )
-    headers = dict(headers or {})
-    if status in (429, 503):
-        headers.setdefault("Retry-After", str(retry_after(retry_s)))
     return ProblemResponse(body.model_dump(exclude_none=True), status_code=status, headers=headers)
 
 
-def job_problem(scope: Scope, record: JobRecord) -> ProblemResponse:
+def job_failure(record: JobRecord) -> tuple[int, str, str]:
+    """Why a job that was waited for ended without a picture: status, code, sentence."""
+    detail = record.error.detail if record.error else "The job ended without a picture."
+    if record.status == "canceled":
+        return 409, "job-canceled", "The job was canceled."
+    if record.status == "expired":
+        return 504, "job-expired", detail
+    if record.error and record.error.code == "out-of-memory":
+        return 503, "out-of-memory", detail
+    return 500, "job-failed", detail
+
+
+def job_problem(scope: Scope, record: JobRecord) -> JSONResponse:
     """The answer to a caller who waited for a job that ended without a picture."""
     assert record.finished
     assert record.status != "succeeded"
     headers = {"Location": f"/jobs/{record.id}"}
-    if record.status == "canceled":
-        return problem(
-            scope, 409, "job-canceled", "The job was canceled.", headers=headers, job=record.id
-        )
-    detail = record.error.detail if record.error else "The job ended without a picture."
-    if record.status == "expired":
-        return problem(scope, 504, "job-expired", detail, headers=headers, job=record.id)
-    if record.error and record.error.code == "out-of-memory":
-        return problem(scope, 503, "out-of-memory", detail, headers=headers, job=record.id)
-    return problem(scope, 500, "job-failed", detail, headers=headers, job=record.id)
+    return problem(scope, *job_failure(record), headers=headers, job=record.id)
 
 
 def error_problem(
@@ -142,7 +179,7 @@ def error_problem(
     *,
     headers: dict[str, str] | None = None,
     job: str | None = None,
-) -> ProblemResponse:
+) -> JSONResponse:
     """The response of one error of our own tree."""
     detail = error.detail
     if isinstance(error, QueueUnavailable):  # its detail tells operators where Redis is
@@ -157,13 +194,15 @@ def error_problem(
     )  # fmt: skip
 
 
-async def on_server_error(request: Request, error: Exception) -> ProblemResponse:
+async def on_server_error(request: Request, error: Exception) -> JSONResponse:
     """Answer an error of our own tree."""
     assert isinstance(error, ServerError)
+    if request.method == "POST" and error.code in metrics.REJECTIONS:
+        metrics.jobs_rejected.labels(error.code).inc()
     return error_problem(request.scope, error)
 
 
-async def on_http_exception(request: Request, error: Exception) -> ProblemResponse:
+async def on_http_exception(request: Request, error: Exception) -> JSONResponse:
     """Answer what the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     path = printable(request.url.path)
@@ -177,7 +216,19 @@ async def on_http_exception(request: Request, error: Exception) -> ProblemRespon
     return problem(request.scope, status, code, detail, headers=dict(error.headers or {}))
 
 
+async def on_invalid_parameters(request: Request, error: Exception) -> JSONResponse:
+    """Answer wrong query parameters and headers."""
+    assert isinstance(error, RequestValidationError)
+    fields = []
+    for item in error.errors():
+        name = str(item["loc"][-1])
+        sentence = f"{name}: {item['msg']}, got {shown(item.get('input'))}"
+        fields.append((name, sentence))
+    return error_problem(request.scope, InvalidFields(fields))
+
+
 HANDLERS: dict[Any, Any] = {
     ServerError: on_server_error,
     HTTPException: on_http_exception,
+    RequestValidationError: on_invalid_parameters,
 }

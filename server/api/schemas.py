@@ -8,7 +8,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
@@ -26,9 +26,12 @@ MAX_LORAS = 8
 MAX_LORA_NAME = 100
 MAX_LORA_SCALE = 10
 MAX_DEADLINE_S = 24 * 3600
+MAX_WEBHOOK_URL = 2048
 MAX_METADATA_ENTRIES = 16
 MAX_METADATA_TEXT = 512
 MAX_UNKNOWN = 8  # unknown fields that an answer names: finding the nearest name takes time
+
+Body = TypeVar("Body", bound=BaseModel)
 
 SCHEDULE = ("num_inference_steps", "shift", "time_grid")  # what sigmas replaces
 
@@ -170,12 +173,22 @@ class GenerateBody(BaseModel):
     quality: int | None = Field(
         None, ge=1, le=100, description="a whole number from 1 to 100 (for jpeg and webp)"
     )
+    embed_parameters: bool | None = Field(
+        None, description="true or false: whether the file says how it was made (true)"
+    )
     priority: Priority | None = Field(None, description="'low', 'normal' or 'high'")
     deadline_s: float | None = Field(
         None,
         gt=0,
         le=MAX_DEADLINE_S,
         description=f"a number of seconds above 0, up to {MAX_DEADLINE_S}",
+    )
+    webhook_url: str | None = Field(
+        None,
+        min_length=1,
+        max_length=MAX_WEBHOOK_URL,
+        description=f"an http or https URL of at most {MAX_WEBHOOK_URL} characters that is told of "
+        "the job's end, at a public address",
     )
     metadata: dict[_MetadataKey, _Scalar] | None = Field(
         None,
@@ -188,7 +201,7 @@ class GenerateBody(BaseModel):
     @model_validator(mode="after")
     def _check_texts(self) -> Self:
         if not self.prompt.strip():
-            raise _field_error("prompt", _must_be("prompt", self.prompt))
+            raise _field_error("prompt", _must_be(GenerateBody, "prompt", self.prompt))
         for name in ("prompt", "negative_prompt", "system_prompt"):
             if "\0" in (getattr(self, name) or ""):
                 raise _field_error(name, f"{name} must not contain a NUL character")
@@ -207,7 +220,7 @@ class GenerateBody(BaseModel):
         names = [lora.name for lora in self.loras or ()]
         if len(set(names)) < len(names):
             sentence = "loras must name each LoRA once"
-            raise _field_error("loras", f"{sentence}, got {_shown(names)}")
+            raise _field_error("loras", f"{sentence}, got {shown(names)}")
         return self
 
     @model_validator(mode="after")
@@ -220,7 +233,7 @@ class GenerateBody(BaseModel):
                 raise _field_error(name, sentence)
         falls = all(a - b > MIN_SIGMA_STEP / 2 for a, b in pairwise((*self.sigmas, 0.0)))
         if self.sigmas[0] > 1 or not falls:
-            raise _field_error("sigmas", _must_be("sigmas", self.sigmas))
+            raise _field_error("sigmas", _must_be(GenerateBody, "sigmas", self.sigmas))
         return self
 
 
@@ -235,7 +248,7 @@ def printable(text: str, limit: int = 60) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """The offending value as JSON, short enough for a sentence."""
     if isinstance(value, str) and len(value) > 60:
         return f"a text of {len(value)} characters"
@@ -245,54 +258,58 @@ def _shown(value: Any) -> str:
         return f"a value of type {type(value).__name__}"
 
 
-def _must_be(field: str, value: Any) -> str:
-    return f"{field} must be {GenerateBody.model_fields[field].description}, got {_shown(value)}"
+def _must_be(model: type[BaseModel], field: str, value: Any) -> str:
+    return f"{field} must be {model.model_fields[field].description}, got {shown(value)}"
 
 
-def _unknown_field(name: str) -> str:
-    known = list(GenerateBody.model_fields)
+def _unknown_field(model: type[BaseModel], name: str) -> str:
+    known = list(model.model_fields)
     lowered = name.lower()
-    near = [_OTHER_NAMES[lowered]] if lowered in _OTHER_NAMES else []
-    near = near or difflib.get_close_matches(lowered, known, n=1, cutoff=0.5)
+    other = _OTHER_NAMES.get(lowered)
+    near = [other] if other in known else difflib.get_close_matches(lowered, known, 1, cutoff=0.5)
     if near:
         return f"unknown field '{printable(name)}'; did you mean '{near[0]}'?"
     return f"unknown field '{printable(name)}'; known are {', '.join(known)}"
 
 
-def _sentence(error: Any, value: dict[str, Any]) -> tuple[str, str]:
+def _sentence(model: type[BaseModel], error: Any, value: dict[str, Any]) -> tuple[str, str]:
     """Turn one pydantic error into (field, sentence)."""
     if error["type"] == "field":
         return error["ctx"]["field"], error["ctx"]["sentence"]
     field = str(error["loc"][0])
     if error["type"] == "missing":
-        allowed = GenerateBody.model_fields[field].description
-        return field, f"{field} is required: {allowed}"
+        return field, f"{field} is required: {model.model_fields[field].description}"
     if error["type"] == "string_unicode":
         return field, f"{field} must not contain lone surrogates"
-    return field, _must_be(field, value[field])
+    return field, _must_be(model, field, value[field])
 
 
-def parse_generate(value: Any) -> GenerateBody:
-    """Check a decoded JSON body against everything that does not depend on the model.
+def parse_body(model: type[Body], value: Any) -> Body:
+    """Check a decoded JSON body against a model whose fields' descriptions say what is allowed.
 
     Raises InvalidRequest (InvalidFields where fields are to blame).
     """
     if not isinstance(value, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {_shown(value)}")
+        raise InvalidRequest(f"the body must be a JSON object, got {shown(value)}")
     # Unknown names come first: a misspelt field is better named than reported as missing. They
     # are taken out here because pydantic stops at a name that is not valid Unicode.
-    unknown = [name for name in value if name not in GenerateBody.model_fields]
-    wrong = {printable(name): _unknown_field(name) for name in unknown[:MAX_UNKNOWN]}
-    known = {name: value[name] for name in GenerateBody.model_fields if name in value}
+    unknown = [name for name in value if name not in model.model_fields]
+    wrong = {printable(name): _unknown_field(model, name) for name in unknown[:MAX_UNKNOWN]}
+    known = {name: value[name] for name in model.model_fields if name in value}
     try:
-        body = GenerateBody.model_validate(known)
+        body = model.model_validate(known)
     except ValidationError as error:
         for item in error.errors(include_url=False):
-            field, sentence = _sentence(item, value)
+            field, sentence = _sentence(model, item, value)
             wrong.setdefault(field, sentence)
     if wrong:
         raise InvalidFields(list(wrong.items()))
     return body
+
+
+def parse_generate(value: Any) -> GenerateBody:
+    """Check a body of `POST /generate` against everything that does not depend on the model."""
+    return parse_body(GenerateBody, value)
 
 
 def resolved(body: GenerateBody, info: ModelInfo, field: str) -> Any:
@@ -313,15 +330,15 @@ def check_against_model(body: GenerateBody, info: ModelInfo) -> None:
             continue
         if not info.min_size <= size <= info.max_size or size % info.size_multiple:
             allowed = f"a multiple of {info.size_multiple} from {info.min_size} to {info.max_size}"
-            wrong.append((field, f"{field} must be {allowed}, got {_shown(size)}"))
+            wrong.append((field, f"{field} must be {allowed}, got {shown(size)}"))
     steps = body.num_inference_steps
     if steps is not None and steps > info.max_steps:
         sentence = f"num_inference_steps must be a whole number from 1 to {info.max_steps}"
-        wrong.append(("num_inference_steps", f"{sentence}, got {_shown(steps)}"))
+        wrong.append(("num_inference_steps", f"{sentence}, got {shown(steps)}"))
     wrong += _check_schedule(body, info)
     if body.preset is not None and body.preset not in info.presets:
         offered = ", ".join(sorted(info.presets)) or "none"
-        sentence = f"preset must be one that {info.name} has ({offered}), got {_shown(body.preset)}"
+        sentence = f"preset must be one that {info.name} has ({offered}), got {shown(body.preset)}"
         wrong.append(("preset", sentence))
     wrong += _check_loras(body, info)
     if wrong:
@@ -334,7 +351,7 @@ def _check_loras(body: GenerateBody, info: ModelInfo) -> list[tuple[str, str]]:
         if lora.name not in info.loras:
             offered = ", ".join(info.loras) or "none"
             sentence = f"loras must name those that {info.name} has ({offered})"
-            return [("loras", f"{sentence}, got {_shown(lora.name)}")]
+            return [("loras", f"{sentence}, got {shown(lora.name)}")]
     return []
 
 
@@ -365,9 +382,12 @@ def _check_schedule(body: GenerateBody, info: ModelInfo) -> list[tuple[str, str]
     return []
 
 
-def job_spec(body: GenerateBody, *, seed: int, output_format: OutputFormat) -> JobSpec:
+def job_spec(
+    body: GenerateBody, *, seed: int, output_format: OutputFormat, partial_images: int = 0
+) -> JobSpec:
     """The job of a checked body; `seed` and `output_format` fill what the body left out."""
     fields = body.model_dump(
-        exclude={"priority", "deadline_s", "seed", "output_format"}, exclude_none=True
+        exclude={"priority", "deadline_s", "webhook_url", "seed", "output_format"},
+        exclude_none=True,
     )
-    return JobSpec(**fields, seed=seed, output_format=output_format)
+    return JobSpec(**fields, seed=seed, output_format=output_format, partial_images=partial_images)

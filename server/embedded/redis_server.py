@@ -23,7 +23,10 @@ from server.errors import ServiceError
 MIN_VERSION = (6, 2, 0)
 START_S = 60.0  # a large append-only file takes its time
 STOP_S = 2.0
+RUNNING_S = 10.0
 SOCKET_PREFIX = "lumina-"
+SOCKET = "redis.sock"
+NOTE = "socket-folder"
 
 _VERSION = re.compile(r"v=(\d+)\.(\d+)\.(\d+)")
 
@@ -56,6 +59,26 @@ def _version(binary: str | Path) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups()) if match else (0,)
 
 
+def running_url(data_dir: Path) -> str:
+    """How to reach the server that somebody else runs in `data_dir`; waits until it answers.
+
+    Raises ServiceError if it does not.
+    """
+    note = data_dir.resolve() / "redis" / NOTE
+    deadline = time.monotonic() + RUNNING_S
+    while time.monotonic() < deadline:
+        if note.is_file():
+            url = f"unix://{Path(note.read_text()) / SOCKET}"
+            with Redis.from_url(url, socket_timeout=1.0) as client:
+                try:
+                    client.ping()
+                    return url
+                except (ConnectionError, TimeoutError, FileNotFoundError):
+                    pass
+        time.sleep(0.1)
+    raise ServiceError(f"the Redis of the service that uses {data_dir} does not answer")
+
+
 class EmbeddedRedis:
     """One redis-server with its data in `data_dir/redis`.
 
@@ -73,7 +96,7 @@ class EmbeddedRedis:
         self._folder.mkdir(parents=True, exist_ok=True)
         # Socket paths are limited to about 100 bytes: the data directory may be too deep.
         self._private = self._socket_folder()
-        self._socket = self._private / "redis.sock"
+        self._socket = self._private / SOCKET
         self._pass_fds = pass_fds
         self._fsync = fsync
         self.child = Child("redis", self._spawn)
@@ -106,7 +129,7 @@ class EmbeddedRedis:
     @property
     def _note(self) -> Path:
         """Says where the socket is, so that the next run can clear away after a killed one."""
-        return self._folder / "socket-folder"
+        return self._folder / NOTE
 
     def _socket_folder(self) -> Path:
         """Return a new private folder; that of an earlier run, which is over, is removed."""

@@ -1,6 +1,5 @@
 """run_service: supervises redis-server, the API and the workers of `lumina serve`."""
 
-import fcntl
 import http.client
 import os
 import shutil
@@ -9,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -19,8 +18,10 @@ import structlog
 from redis import Redis
 
 from server import metrics
+from server.api.address import keys_required
 from server.config import ENV_PREFIX, Settings
 from server.embedded.children import Child, spawn, stop_children
+from server.embedded.data_dir import locked
 from server.embedded.redis_server import EmbeddedRedis
 from server.errors import ServiceError
 from server.log import configure_logging
@@ -81,7 +82,7 @@ def run_service(
     """
     configure_logging(settings.log_level)
     with ExitStack() as stack:
-        lock = stack.enter_context(_locked(settings.data_dir))
+        lock = stack.enter_context(locked(settings.data_dir))
         port = _free_port(host, port)
         signals = stack.enter_context(_Signals())
         redis = None
@@ -221,9 +222,12 @@ class _Service:
     def _greeting(self) -> str:
         count = len(self.workers)
         name = self._model_dir.resolve().name
+        mode = self._env[ENV_PREFIX + "API_KEYS"]
+        keyed = keys_required(self._host, self._insecure, mode)
         return (
             f"lumina-serve ready on http://{_url_host(self._host)}:{self._port} "
-            f"({count} worker{'s' if count > 1 else ''}, model {name})"
+            f"({count} worker{'s' if count > 1 else ''}, model {name}"
+            f"{', API keys required: `lumina keys create`' if keyed else ''})"
         )
 
     def _is_ready(self) -> bool:
@@ -260,20 +264,6 @@ class _Service:
         argv = ["worker", "--model", str(self._model_dir), "--token-fd", str(self._token)]
         argv += self._worker_options
         return spawn([sys.executable, "-m", "server.cli", *argv], env, pass_fds=[self._token])
-
-
-@contextmanager
-def _locked(data_dir: Path) -> Iterator[IO[str]]:
-    """Hold the data directory; raises ServiceError if another service does."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ServiceError(
-                f"the data directory {data_dir} is in use by another lumina serve"
-            ) from None
-        yield lock
 
 
 def _own_redis(settings: Settings, lock: IO[str]) -> EmbeddedRedis:

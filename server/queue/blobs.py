@@ -92,6 +92,14 @@ class BlobStore:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm_file(self._full(path))
 
+    def remove_job(self, tenant: str, job_id: str) -> None:
+        """Remove all pictures of a job, whatever claims stored them; raises BlobUnavailable."""
+        try:
+            for claim in self.claims(tenant, job_id):
+                self.remove_claim(claim)
+        except Exception as error:
+            raise BlobUnavailable(f"the blob store failed ({type(error).__name__})") from error
+
     # For the sweeper ----------------------------------------------------------------------------
 
     def tenants(self) -> list[str]:

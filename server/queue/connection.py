@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import inspect
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from importlib import resources
 from typing import Any
@@ -29,7 +30,7 @@ MAX_BLOCK_S = 2.0
 SCRIPT_NAMES = (
     "submit", "claim", "heartbeat", "progress", "complete", "fail", "release", "cancel", "reap",
     "retry", "purge", "reconcile", "epoch", "offer", "preview", "outbox", "delivered",
-    "record", "load",
+    "record", "erase", "load",
 )  # fmt: skip
 
 
@@ -77,16 +78,19 @@ def script_text(common: str, body: str) -> str:
     return f"{common}\nlocal function script()\n{body}\nend\n{answer}return {{answer, told}}\n"
 
 
+_TOLD = {
+    "submitted": metrics.jobs_submitted,
+    "finished": metrics.jobs_finished,
+    "reclaimed": metrics.jobs_reclaimed,
+    "fenced": metrics.fenced_writes,
+}
+
+
 def answer_of(reply: Any) -> Any:
     """Return a script's own answer, and count what it tells."""
     answer, told = reply
     for what, pool, *more in told:
-        if what == "finished":
-            metrics.jobs_finished.labels(pool, *more).inc()
-        elif what == "reclaimed":
-            metrics.jobs_reclaimed.labels(pool).inc()
-        else:
-            metrics.fenced_writes.labels(pool).inc()
+        _TOLD[what].labels(pool, *more).inc()
     return answer
 
 
@@ -106,6 +110,26 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
                 task.exception()  # marks it as seen
 
 
+class LastAnswer:
+    """When Redis last answered anybody in this process: a slow answer among others tells of a busy
+    process, silence for all of a Redis that is away."""
+
+    def __init__(self) -> None:
+        self._at = float("-inf")
+
+    def note(self) -> None:
+        """Say that an answer came just now."""
+        self._at = time.monotonic()
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the last answer; infinite before the first."""
+        return time.monotonic() - self._at
+
+
+last_answer = LastAnswer()
+
+
 async def guarded(call: Awaitable[Any]) -> Any:
     """Await a Redis call; whatever Redis or the network raises becomes QueueUnavailable.
 
@@ -121,7 +145,9 @@ async def guarded(call: Awaitable[Any]) -> Any:
         await asyncio.wait({task}, timeout=ANSWER_S)
         if not task.done():
             raise QueueUnavailable(f"the job queue does not answer within {ANSWER_S:g} s")
-        return task.result()
+        result = task.result()
+        last_answer.note()
+        return result
     except (RedisError, OSError) as error:
         raise QueueUnavailable(f"the job queue does not answer: {error}") from error
     finally:

@@ -30,6 +30,11 @@ class DeadLetters:
         records = [await self._queue.get(job_id) for job_id in await self.ids(limit)]
         return [record for record in records if record is not None]
 
+    async def record(self, job_id: str) -> JobRecord | None:
+        """Return the record of a dead job, None if it is not among the dead."""
+        score = await self._queue.ask(self._queue.redis.zscore(keys.DEAD, job_id))
+        return None if score is None else await self._queue.get(job_id)
+
     async def retry(self, job_id: str) -> str | None:
         """Queue a new job that names the dead one; returns its id, None if there is none dead.
 

@@ -32,13 +32,14 @@ from server.queue.records import (
     ClaimState,
     claim_of,
 )
-from server.queue.submission import FrontDoor, Idempotency, TenantLimits
+from server.queue.submission import FrontDoor, Idempotency, TenantLimits, Webhook
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 __all__ = [
-    "WORKER_LOST", "Claim", "ClaimState", "Idempotency", "JobQueue", "TenantLimits", "open_queue",
+    "WORKER_LOST", "Claim", "ClaimState", "Idempotency", "JobQueue", "TenantLimits", "Webhook",
+    "open_queue",
 ]  # fmt: skip
 
 log = structlog.get_logger(__name__)

@@ -36,8 +36,12 @@ seq                               string  logical time: grows with every job tha
 epoch                             hash    names one unbroken history; when it was last looked at
 stats                             hash    fenced writes and reclaimed jobs, counted
 signing                           string  key of signed URLs
+apikey:<sha256>                   hash    one API key, without the key itself
+apikeys                           zset    sha256 of every API key -> when it was made
+rate:<...>                        string  requests of a key in this minute (the library limits)
+webhook-secret                    string  signs webhooks of callers without a key
 sweep                             string  who sweeps the blob store; TTL
-changes                           channel ids of jobs that changed
+changes                           channel ids of jobs that changed; <id>:preview... of new pictures
 """
 
 PREFIX = "{lumina}:"
@@ -53,6 +57,9 @@ EPOCH = PREFIX + "epoch"
 STATS = PREFIX + "stats"
 SWEEP = PREFIX + "sweep"
 SIGNING = PREFIX + "signing"
+API_KEYS = PREFIX + "apikeys"
+RATES = PREFIX + "rate"
+WEBHOOK_SECRET = PREFIX + "webhook-secret"
 OUTBOX = PREFIX + "outbox"
 CHANGES = PREFIX + "changes"
 
@@ -125,6 +132,11 @@ def listed(tenant: str) -> str:
 def usage(tenant: str, day: int) -> str:
     """What a tenant has used on a day, counted from 1 January 1970 UTC."""
     return f"{PREFIX}usage:{tenant}:{day}"
+
+
+def api_key(sha256: str) -> str:
+    """One API key, by the hash of its text."""
+    return f"{PREFIX}apikey:{sha256}"
 
 
 def preview(job_id: str) -> str:

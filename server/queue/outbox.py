@@ -15,7 +15,7 @@ from server.queue.connection import RedisLine
 class Delivery:
     """One webhook to call: job `job_id` ended with `status` so many seconds ago.
 
-    `tries` counts this one too.
+    `tries` counts this one too. `key_hash` names the API key whose secret signs it ("": none).
     """
 
     job_id: str
@@ -23,6 +23,7 @@ class Delivery:
     status: str
     tries: int
     age_s: float
+    key_hash: str = ""
 
 
 class Outbox(RedisLine):
@@ -32,8 +33,8 @@ class Outbox(RedisLine):
         """Take up to `limit` deliveries that are due; unless settled they are due again."""
         taken = await self.run("outbox", limit, round(lease_s * 1000))
         return [
-            Delivery(job_id, url, status, tries, age_ms / 1000)
-            for job_id, url, status, tries, age_ms in taken
+            Delivery(job_id, url, status, tries, age_ms / 1000, key_hash)
+            for job_id, url, status, tries, age_ms, key_hash in taken
         ]
 
     async def settle_delivery(self, delivery: Delivery, retry_in_s: float | None) -> bool:
@@ -42,7 +43,12 @@ class Outbox(RedisLine):
         False if somebody else has taken it meanwhile.
         """
         wait_ms = -1 if retry_in_s is None else round(retry_in_s * 1000)
-        return bool(await self.run("delivered", delivery.job_id, delivery.tries, wait_ms))
+        return bool(await self.run("delivered", delivery.job_id, delivery.tries, wait_ms, 0))
+
+    async def put_back_delivery(self, delivery: Delivery, retry_in_s: float) -> bool:
+        """Give back a delivery that nobody has tried: this was no try."""
+        wait_ms = round(retry_in_s * 1000)
+        return bool(await self.run("delivered", delivery.job_id, delivery.tries, wait_ms, 1))
 
     async def num_deliveries(self) -> int:
         """Return how many are still to be made."""

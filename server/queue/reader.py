@@ -23,10 +23,22 @@ class JobPage:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a tenant has submitted on a UTC day: jobs, and their estimated device time in ms."""
+    """What a tenant has submitted on the UTC day of `now_ms`: jobs, and their estimated device time
+    in ms."""
 
     jobs: int
     cost_ms: int
+    now_ms: int
+
+    @property
+    def resets_ms(self) -> int:
+        """When the next day begins."""
+        return (self.now_ms // keys.DAY_MS + 1) * keys.DAY_MS
+
+    @property
+    def resets_in_s(self) -> int:
+        """Whole seconds until then, at least 1."""
+        return -(-(self.resets_ms - self.now_ms) // 1000)
 
 
 class JobReader(RedisLine):
@@ -41,11 +53,11 @@ class JobReader(RedisLine):
     @staticmethod
     def read_record(job_id: str, found: list[Any]) -> JobRecord | None:
         """Read what the scripts say of a job; None if there is none."""
-        flat, rank = found
+        flat, rank, start_ms = found
         if not flat:
             return None
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
-        return record_of(job_id, fields, None if rank is None else rank + 1)
+        return record_of(job_id, fields, None if rank is None else rank + 1, start_ms)
 
     async def list_jobs(
         self,
@@ -84,13 +96,18 @@ class JobReader(RedisLine):
     async def usage(self, tenant: str = DEFAULT_TENANT) -> Usage:
         """Return what a tenant has submitted today, by Redis's clock."""
         seconds, _ = await self.ask(self.redis.time())
-        day = (self._now() or seconds * keys.SECOND_MS) // keys.DAY_MS
-        jobs, cost_ms = await self.ask(self.redis.hmget(keys.usage(tenant, day), "jobs", "cost_ms"))
-        return Usage(int(jobs or 0), int(cost_ms or 0))
+        now_ms = self._now() or seconds * keys.SECOND_MS
+        used = keys.usage(tenant, now_ms // keys.DAY_MS)
+        jobs, cost_ms = await self.ask(self.redis.hmget(used, "jobs", "cost_ms"))
+        return Usage(int(jobs or 0), int(cost_ms or 0), now_ms)
 
     async def depth(self, pool: str = DEFAULT_POOL) -> int:
         """Return the number of queued jobs of a pool."""
         return int(await self.ask(self.redis.zcard(keys.queued(pool))))
+
+    async def queued_work_ms(self, pool: str = DEFAULT_POOL) -> int:
+        """Return the estimated device time of the queued jobs of a pool."""
+        return sum(map(int, await self.ask(self.redis.hvals(keys.work(pool)))))
 
     async def open_jobs(self, tenant: str = DEFAULT_TENANT) -> int:
         """Return the number of a tenant's jobs that have not ended."""

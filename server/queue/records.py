@@ -65,7 +65,9 @@ def claim_of(worker: str, answer: list[Any]) -> Claim:
     )
 
 
-def record_of(job_id: str, fields: dict[str, str], position: int | None) -> JobRecord:
+def record_of(
+    job_id: str, fields: dict[str, str], position: int | None, start_ms: int | None = None
+) -> JobRecord:
     """Read the hash of a job; raises ProtocolError for what this version cannot read."""
 
     def number(name: str) -> int | None:
@@ -91,6 +93,7 @@ def record_of(job_id: str, fields: dict[str, str], position: int | None) -> JobR
         expires_ms=number("expires_ms"),
         deadline_ms=number("deadline_ms"),
         retry_of=fields.get("retry_of"),
+        start_ms=start_ms,
         error=JobError.from_json(fields["error"]) if ended and "error" in fields else None,
         result=JobResult.from_json(fields["result"]) if "result" in fields else None,
     )

@@ -7,6 +7,7 @@ from server.errors import (
     IdempotencyMismatch,
     InvalidRequest,
     QueueFull,
+    QuotaExceeded,
     ServerError,
     TooManyJobs,
 )
@@ -35,10 +36,22 @@ class Idempotency:
 
 @dataclass(frozen=True)
 class TenantLimits:
-    """What one tenant may: jobs that have not ended (None: the queue's own limit), jobs a day."""
+    """What one tenant may: jobs that have not ended (None: the queue's own limit), jobs a day.
+
+    `weight` is its share of the workers beside tenants of weight 1.
+    """
 
     open_jobs: int | None = None
     daily_jobs: int | None = None
+    weight: int = 1
+
+
+@dataclass(frozen=True)
+class Webhook:
+    """Where to tell of a job's end, and the hash of the API key whose secret signs that."""
+
+    url: str
+    key_hash: str = ""
 
 
 class FrontDoor(DurableLine, JobReader):
@@ -61,7 +74,7 @@ class FrontDoor(DurableLine, JobReader):
         deadline_s: float | None = None,
         idempotency: Idempotency | None = None,
         limits: TenantLimits | None = None,
-        webhook_url: str = "",
+        webhook: Webhook | None = None,
         watched: bool = False,
     ) -> JobRecord:
         """Queue a job and return its record; the same id again is the same job, unchanged.
@@ -76,22 +89,23 @@ class FrontDoor(DurableLine, JobReader):
             deadline_s: from now; a job that has not ended by then expires.
             idempotency: a key that was used before gives the job of that time.
             limits: the tenant's own.
-            webhook_url: told of the job's end through the outbox.
+            webhook: told of the job's end through the outbox.
             watched: previews are wanted from the first step on.
 
-        Raises QueueFull, TooManyJobs, DeadlineTooShort, IdempotencyMismatch (the key was used with
-        another body) or InvalidRequest (a malformed id, name or deadline).
+        Raises QueueFull, TooManyJobs, QuotaExceeded, DeadlineTooShort, IdempotencyMismatch (the key
+        was used with another body) or InvalidRequest (a malformed id, name or deadline).
         """
         _check(job_id, tenant, pool, priority, deadline_s)
         deadline_ms = round(1000 * (deadline_s or 0))
         key = idempotency or Idempotency("", "")
-        mine = limits or TenantLimits()
+        mine, hook = limits or TenantLimits(), webhook or Webhook("")
         open_jobs = self.tenant_limit if mine.open_jobs is None else mine.open_jobs
         await self._check_memory()
         answer = await self.run_durably(
             "submit", job_id, spec.to_json(), tenant, pool, priority, max(1, round(cost_ms)),
             self.queue_limit, open_jobs, deadline_ms, round(self.lease_s * 1000), key.key_hash,
-            key.body_hash, self.result_ttl * 1000, mine.daily_jobs or 0, webhook_url, int(watched),
+            key.body_hash, self.result_ttl * 1000, mine.daily_jobs or 0, hook.url, int(watched),
+            hook.key_hash, mine.weight,
         )  # fmt: skip
         state, _, seq, wait_ms, each_ms, found = answer
         if state not in ("queued", "exists"):
@@ -102,13 +116,7 @@ class FrontDoor(DurableLine, JobReader):
             record = self.read_record(answer[1], found)
             assert record is not None, answer[1]
             return record
-        now, rank = found
-        return JobRecord(
-            id=job_id, status="queued", tenant=tenant, pool=pool, priority=priority, spec=spec,
-            step=0, total=0, position=rank + 1, attempts=0, claim_no=0, worker=None,
-            submitted_ms=now, started_ms=None, finished_ms=None, expires_ms=None, error=None,
-            result=None, deadline_ms=now + deadline_ms if deadline_ms else None,
-        )  # fmt: skip
+        return _fresh(job_id, spec, tenant, pool, priority, deadline_ms, found)
 
     async def _check_memory(self) -> None:
         if await self.memory_ratio() > MAX_MEMORY_RATIO:
@@ -128,7 +136,7 @@ class FrontDoor(DurableLine, JobReader):
             return TooManyJobs(sentence, retry_after_s)
         if state == "quota":
             sentence = f"you have submitted {daily_jobs} jobs today (UTC), the limit"
-            return TooManyJobs(sentence, wait_ms / 1000)
+            return QuotaExceeded(sentence, wait_ms / 1000)
         assert state == "mismatch", state
         return IdempotencyMismatch("this Idempotency-Key was used with another body")
 
@@ -140,6 +148,25 @@ def _check(job_id: str, tenant: str, pool: str, priority: str, deadline_s: float
         raise InvalidRequest(f"priority {priority!r} is not one of {', '.join(PRIORITIES)}")
     if deadline_s is not None and round(deadline_s * 1000) < 1:
         raise InvalidRequest(f"deadline_s must be at least 0.001, got {deadline_s}")
+
+
+def _fresh(
+    job_id: str,
+    spec: JobSpec,
+    tenant: str,
+    pool: str,
+    priority: Priority,
+    deadline_ms: int,
+    found: tuple[int, int, int],
+) -> JobRecord:
+    """The record of a job that was queued just now, as the script has `found` it."""
+    now, rank, start_ms = found
+    return JobRecord(
+        id=job_id, status="queued", tenant=tenant, pool=pool, priority=priority, spec=spec,
+        step=0, total=0, position=rank + 1, attempts=0, claim_no=0, worker=None,
+        submitted_ms=now, started_ms=None, finished_ms=None, expires_ms=None, error=None,
+        result=None, deadline_ms=now + deadline_ms if deadline_ms else None, start_ms=start_ms,
+    )  # fmt: skip
 
 
 def _too_late(deadline_ms: int, wait_ms: int, cost_ms: float) -> DeadlineTooShort:

@@ -6,17 +6,24 @@ told to stop meanwhile should not have to wait for it.
 
 import dataclasses
 import hashlib
+import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from server.config import Settings
 from server.protocol import ModelInfo
 
 if TYPE_CHECKING:
     from model.pipeline import Pipeline
     from server.worker.engine import StepPipeline
     from server.worker.preview import Painter
+
+log = logging.getLogger(__name__)
+
+CACHE_VARIABLES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 
 
 @dataclass(frozen=True)
@@ -36,12 +43,40 @@ class LoadedModel:
     arithmetic: dict[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How the model is made faster; by default not at all.
+
+    Attributes:
+        compile: `auto`, `off`, `blocks` or `full`.
+        quantize: `none` or `fp8`.
+        graph_tokens: of the largest step that is replayed as a CUDA graph.
+        cache_dir: keeps what was compiled for the next start; None: where torch puts it.
+    """
+
+    compile: str = "off"
+    quantize: str = "none"
+    graph_tokens: int = 0
+    cache_dir: Path | None = None
+
+    @classmethod
+    def of(cls, settings: Settings) -> "Speed":
+        """As the settings of a worker want it."""
+        return cls(
+            settings.compile,
+            settings.quantize,
+            settings.graph_tokens,
+            settings.data_dir / "compiled",
+        )
+
+
 def load_model(
     folder: Path,
     precision: str = "auto",
     *,
     merged_loras: Sequence[tuple[Path, float]] = (),
     lora_dir: Path | None = None,
+    speed: Speed = Speed(),
 ) -> LoadedModel:
     """Load a checkpoint folder on the GPU or, without one, the CPU.
 
@@ -50,29 +85,57 @@ def load_model(
         precision: `fp32`, `bf16` or `mixed`; `auto` takes what serves best on the device.
         merged_loras: LoRA files and factors, merged into the weights.
         lora_dir: a folder of LoRA files that requests may name.
+        speed: what is done for speed.
 
     Raises ValueError (`CheckpointError`) with one line that names the file and the fault.
     """
+    if speed.compile != "off" and speed.cache_dir is not None:
+        keep_compiled(speed.cache_dir)
     import torch
 
     from model import load_pipeline
+    from model.acceleration import default_compile
     from model.precision import default_precision
     from model.preview import LatentPainter
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if precision == "auto":
         precision = default_precision(device)
+    compile_mode = default_compile(device) if speed.compile == "auto" else speed.compile
     pipeline = load_pipeline(
-        folder, device=device, precision=precision, merged_loras=merged_loras, lora_dir=lora_dir
+        folder,
+        device=device,
+        precision=precision,
+        merged_loras=merged_loras,
+        lora_dir=lora_dir,
+        compile=compile_mode,
+        quantize=speed.quantize,
+        graph_tokens=speed.graph_tokens,
     )
     dit = pipeline.dit
     arithmetic = {"device": device, "precision": dit.precision, "attention": dit.attention.name}
+    arithmetic |= {"compile": compile_mode, "quantize": speed.quantize}
     info = describe(pipeline, folder)
     if merged_loras:
         merged = " and ".join(f"{path.name} x {scale:g}" for path, scale in merged_loras)
         arithmetic["merged"] = merged
         info = dataclasses.replace(info, hash=merged_hash(info.hash, merged_loras))
     return LoadedModel(pipeline, info, LatentPainter(pipeline.vae), arithmetic)
+
+
+def keep_compiled(cache_dir: Path) -> None:
+    """Let what is compiled from now on be found again by the next process with this directory.
+
+    To be called before torch is imported: parts of it settle on a directory as they are loaded.
+    Nothing is made before there is something to keep. Directories that the environment names are
+    left alone, and so are torch's own where this one cannot be made.
+    """
+    there = next(path for path in (cache_dir, *cache_dir.resolve().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        log.warning("compiled code is not kept: %s is no folder to write to", there)
+        return
+    for variable, folder in CACHE_VARIABLES.items():
+        os.environ.setdefault(variable, str((cache_dir / folder).resolve()))
 
 
 def describe(pipeline: "Pipeline", folder: Path) -> ModelInfo:

@@ -11,8 +11,9 @@ from model.pipeline import DenoiseState, Pipeline
 from model.templates import TEMPLATE_NAMES, compose_prompt
 from model.weight_source import open_source
 from server.protocol import OutputFormat
+from server.worker.content_credentials import ContentCredentials
 from server.worker.loading import load_model
-from server.worker.output import encode_image, parameters_of
+from server.worker.picture_file import encode_image, parameters_of
 
 
 class Drawing:
@@ -25,6 +26,7 @@ class Drawing:
         precision: as in `load_model`.
         merged_loras: as in `load_model`.
         lora_dir: as in `load_model`.
+        credentials: sign the picture, where configured.
     """
 
     def __init__(
@@ -34,7 +36,9 @@ class Drawing:
         *,
         merged_loras: Sequence[tuple[Path, float]] = (),
         lora_dir: Path | None = None,
+        credentials: ContentCredentials | None = None,
     ) -> None:
+        self._credentials = credentials
         self._model = load_model(folder, precision, merged_loras=merged_loras, lora_dir=lora_dir)
         assert isinstance(self._model.pipeline, Pipeline)
         self._pipeline = self._model.pipeline
@@ -51,8 +55,13 @@ class Drawing:
         """Take the request; raises ValueError when this checkpoint cannot do what it asks."""
         self._state = self._pipeline.prepare(request)
 
-    def draw(self, image_format: OutputFormat, on_step: Callable[[], None]) -> bytes:
-        """Return the file of the picture; `on_step` is called after every denoising step."""
+    def draw(
+        self, image_format: OutputFormat, on_step: Callable[[], None], *, embed: bool = True
+    ) -> bytes:
+        """Return the file of the picture; `on_step` is called after every denoising step.
+
+        With `embed` the file says how it was made, where it has room for that.
+        """
         started = time.monotonic()
         while not self.state.finished:
             self._pipeline.denoise_step([self.state])
@@ -60,8 +69,11 @@ class Drawing:
         ((image,),) = self._pipeline.decode([self.state])
         self._seconds = time.monotonic() - started
         info = self._model.info
-        parameters = parameters_of(self.state.request, info.name, info.hash, 0)
-        return encode_image(image, image_format, None, parameters)
+        parameters = parameters_of(self.state.request, info.name, info.hash, 0) if embed else None
+        data = encode_image(image, image_format, None, parameters)
+        if self._credentials is not None:
+            data = self._credentials.sign(data, image_format, info.name, info.hash)
+        return data
 
     @property
     def summary(self) -> str:

@@ -21,6 +21,7 @@ from server.queue.blobs import BlobStore
 from server.queue.jobs import Claim, open_queue
 from server.scheduler.budget import StepBudget
 from server.scheduler.scheduler import Capacity, Scheduler, StepBatch
+from server.worker.content_credentials import open_credentials
 from server.worker.engine import Decoded, Engine, Failure
 from server.worker.intake import Arrival, Inbox, Intake
 from server.worker.loading import LoadedModel, load_model
@@ -138,7 +139,7 @@ class Worker:
 
     def _hand_over(self, decoded: Sequence[Decoded], failures: Sequence[Failure]) -> None:
         for each in decoded:
-            self.output.submit(each)
+            self.output.submit(each, self.previews.partials(each.job.claim))
         for failure in failures:
             log.info("job failed", job=failure.claim.job_id, code=failure.error.code)
             self.intake.fail(failure.claim, failure.error, failure.retry)
@@ -205,6 +206,7 @@ def run_worker(
     open_probes(settings, probes)
     started = time.monotonic()
     try:
+        credentials = open_credentials(settings.c2pa_cert, settings.c2pa_key)
         model = load(model_dir, settings.precision)
         pulse.beat()
         # Refuses what no part alone can see, such as an impossible default. Its stages are the
@@ -224,7 +226,9 @@ def run_worker(
     telemetry = Telemetry(pool, worker_id)
     telemetry.loaded(info, load_s)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
-    worker = _make_worker(settings, model, warm, intake, pulse, telemetry)
+    blobs = BlobStore(settings.blob_store_url)
+    output = Output(intake, blobs, info.name, info.hash, credentials, telemetry.finished)
+    worker = _make_worker(settings, model, warm, intake, pulse, output, telemetry)
     _stop_on_signals(worker)
     intake.start(info)
     probes.alive, probes.ready = (lambda: not pulse.hung()), (lambda: intake.ready)
@@ -240,18 +244,17 @@ def _make_worker(
     warm: WarmUp,
     intake: Intake,
     pulse: Pulse,
+    output: Output,
     telemetry: Telemetry,
 ) -> Worker:
     """A worker whose scheduler knows what the warm-up measured."""
     costs = {"cost": dataclasses.asdict(warm.cost), "memory": dataclasses.asdict(warm.memory)}
-    log.info("warmed up", **costs)
+    log.info("warmed up", graphs=compiled_graphs(), **costs)
     scheduler = Scheduler(
         max_running=settings.max_running,
         max_step_tokens=settings.max_step_tokens,
         budget=StepBudget(settings.max_step_tokens, warm.cost, warm.memory),
     )
-    blobs = BlobStore(settings.blob_store_url)
-    output = Output(intake, blobs, warm.info.name, warm.info.hash, telemetry.finished)
     engine = Engine(model.pipeline, pulse.beat, scheduler.out_of_memory)
     return Worker(scheduler, engine, intake, output, pulse, model.painter, telemetry)
 

@@ -5,63 +5,27 @@ nothing. What a refused claim stored is removed again.
 """
 
 import contextlib
-import io
-import json
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import structlog
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
-from server.protocol import (
-    PNG_TEXT_KEY,
-    ImageRef,
-    JobError,
-    JobResult,
-    OutputFormat,
-    Timings,
-)
+from server.protocol import ImageRef, JobError, JobResult, Timings
 from server.queue.blobs import BlobStore, image_path
 from server.queue.jobs import Claim
+from server.worker.content_credentials import ContentCredentials
 from server.worker.engine import ActiveJob, Decoded
 from server.worker.intake import Intake
+from server.worker.picture_file import carries, encode_image, parameters_of
 
 log = structlog.get_logger(__name__)
 
-JPEG_QUALITY = 90
-WEBP_QUALITY = 90
 NUM_THREADS = 2
-
-
-def encode_image(
-    image: Image.Image, output_format: OutputFormat, quality: int | None, parameters: dict[str, Any]
-) -> bytes:
-    """Return the file of a picture; a PNG carries `parameters` as JSON in a text chunk.
-
-    Equal arguments give equal bytes. `quality` (1..100) is for jpeg and webp.
-    """
-    buffer = io.BytesIO()
-    if output_format == "png":
-        info = PngImagePlugin.PngInfo()
-        text = json.dumps(parameters, ensure_ascii=False, sort_keys=True)
-        info.add_itxt(PNG_TEXT_KEY, text)
-        image.save(buffer, "PNG", pnginfo=info)
-    elif output_format == "jpeg":
-        image.convert("RGB").save(buffer, "JPEG", quality=quality or JPEG_QUALITY)
-    else:
-        image.save(buffer, "WEBP", quality=quality or WEBP_QUALITY)
-    return buffer.getvalue()
-
-
-def parameters_of(request: Any, model_name: str, model_hash: str, index: int) -> dict[str, Any]:
-    """What made picture `index` of a resolved request: settings, model, seed; no id, no time."""
-    settings = asdict(request)
-    del settings["num_images"]
-    given = {name: value for name, value in settings.items() if value is not None}
-    return {**given, "seed": given["seed"] + index, "model": model_name, "model_hash": model_hash}
+TOO_LONG = "the parameters are too long for a {} file, which does not carry them: a PNG would"
+BEFORE_S = 30.0  # how long a finished job waits for its own partial pictures
 
 
 class Output:
@@ -72,6 +36,7 @@ class Output:
         blobs: takes the pictures.
         model_name: goes into the result and the picture.
         model_hash: goes into the picture.
+        credentials: sign the pictures, where configured.
         on_finished: called with every result that stands, in one of the threads.
     """
 
@@ -81,12 +46,14 @@ class Output:
         blobs: BlobStore,
         model_name: str,
         model_hash: str,
+        credentials: ContentCredentials | None = None,
         on_finished: Callable[[JobResult], None] = lambda _: None,
     ) -> None:
         self._intake = intake
         self._blobs = blobs
         self._model_name = model_name
         self._model_hash = model_hash
+        self._credentials = credentials
         self._on_finished = on_finished
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="output")
         self._pending: dict[Future[None], Claim] = {}
@@ -97,10 +64,10 @@ class Output:
         self._pending = {future: c for future, c in self._pending.items() if not future.done()}
         return len(self._pending)
 
-    def submit(self, decoded: Decoded) -> None:
-        """Store and commit a job; returns at once."""
+    def submit(self, decoded: Decoded, before: Sequence[Future[None]] = ()) -> None:
+        """Store a job, and commit it once what comes `before` is done; returns at once."""
         self._intake.storing(decoded.job.claim)
-        future = self._threads.submit(self._finish, decoded)
+        future = self._threads.submit(self._finish, decoded, before)
         self._pending[future] = decoded.job.claim
 
     def stop(self) -> list[Claim]:
@@ -108,7 +75,7 @@ class Output:
         self._threads.shutdown(wait=False, cancel_futures=True)
         return [claim for future, claim in self._pending.items() if future.cancelled()]
 
-    def _finish(self, decoded: Decoded) -> None:
+    def _finish(self, decoded: Decoded, before: Sequence[Future[None]]) -> None:
         claim = decoded.job.claim
         try:
             images = self._store(decoded)
@@ -118,6 +85,7 @@ class Output:
             sentence = f"the picture could not be stored ({type(error).__name__})"
             self._intake.fail(claim, JobError(code="store-failed", detail=sentence), retry=True)
             return
+        wait(before, BEFORE_S)
         if self._intake.complete(claim, result).result():
             self._on_finished(result)
         else:
@@ -129,9 +97,7 @@ class Output:
         claim, spec = decoded.job.claim, decoded.job.claim.spec
         refs = []
         for index, image in enumerate(decoded.images):
-            request = decoded.job.state.request
-            parameters = parameters_of(request, self._model_name, self._model_hash, index)
-            data = encode_image(image, spec.output_format, spec.quality, parameters)
+            data = self._encode(decoded.job, index, image)
             path = image_path(claim.tenant, claim.job_id, claim.claim_no, index, spec.output_format)
             refs.append(
                 ImageRef(
@@ -145,7 +111,25 @@ class Output:
             )
         return refs
 
+    def _encode(self, job: ActiveJob, index: int, image: Image.Image) -> bytes:
+        spec, model = job.claim.spec, (self._model_name, self._model_hash)
+        parameters = self._parameters(job, index)
+        data = encode_image(image, spec.output_format, spec.quality, parameters)
+        if self._credentials is not None:
+            data = self._credentials.sign(data, spec.output_format, *model)
+        return data
+
+    def _parameters(self, job: ActiveJob, index: int) -> dict[str, Any] | None:
+        """What the picture says of its making, unless the request wants it to say nothing."""
+        if not job.claim.spec.embed_parameters:
+            return None
+        return parameters_of(job.state.request, self._model_name, self._model_hash, index)
+
     def _result(self, job: ActiveJob, images: list[ImageRef]) -> JobResult:
+        spec, parameters = job.claim.spec, self._parameters(job, 0)
+        warnings = list(job.state.warnings)
+        if parameters is not None and not carries(spec.output_format, parameters):
+            warnings.append(TOO_LONG.format(spec.output_format))
         now = time.monotonic()
         queue_s = job.claim.waited_ms / 1000
         timings = Timings(
@@ -160,7 +144,7 @@ class Output:
             images=tuple(images),
             timings=timings,
             steps=job.steps,
-            warnings=tuple(job.state.warnings),
+            warnings=tuple(warnings),
             model=self._model_name,
             prompt_tokens=job.state.prompt_tokens,
             cache_decisions=job.state.cache_decisions,

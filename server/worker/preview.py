@@ -9,7 +9,7 @@ Drawing, encoding and storing happen on other threads; previews come last and ar
 import io
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Protocol
 
 import structlog
@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 PREVIEW_S = 1.0  # between two previews of a job
 LOOK_S = 0.5  # between two looks at who is watched
 PREVIEW_SIDE = 256  # rough previews are enlarged towards this many pixels
+PUT_S = 5.0  # a partial picture that Redis does not take by then is missing
 QUALITIES = (90, 75, 60, 40, 20)
 
 
@@ -76,6 +77,7 @@ class Previews:
         self._looked_at = 0.0
         self._next_at: dict[str, float] = {}
         self._drawing: dict[str, Future[None]] = {}
+        self._partials: list[tuple[str, Future[None]]] = []
 
     def step_done(self, job: ActiveJob) -> None:
         """Draw what this job is owed after the step it has taken; returns at once."""
@@ -85,11 +87,18 @@ class Previews:
         self._seen.add(claim.job_id)
         number = partial_number(state.step_index, state.num_steps, claim.spec.partial_images)
         if number is not None:
+            self._partials = [(key, drawn) for key, drawn in self._partials if not drawn.done()]
             for image, latents in enumerate(state.predicted):
-                self._thread.submit(self._partial, claim, image, number, latents)
+                drawn = self._thread.submit(self._partial, claim, image, number, latents)
+                self._partials.append((claim.key, drawn))
         if self._is_watched(claim) and self._is_due(claim):
             drawing = self._thread.submit(self._preview, claim, state.predicted[0])
             self._drawing[claim.job_id] = drawing
+
+    def partials(self, claim: Claim) -> list[Future[None]]:
+        """Partial pictures of a claim that are still on their way: its result must not overtake
+        them, or they would be refused."""
+        return [drawn for key, drawn in self._partials if key == claim.key]
 
     def stop(self) -> None:
         """Draw nothing more."""
@@ -127,23 +136,25 @@ class Previews:
         self._keep(claim, draw, lambda queue, data: queue.put_preview(claim, data))
 
     def _partial(self, claim: Claim, image: int, number: int, latents: Any) -> None:
-        self._keep(
+        kept = self._keep(
             claim,
             lambda painter: painter.full(latents),
             lambda queue, data: queue.put_partial(claim, image, number, data),
         )
+        if kept is not None:
+            wait((kept,), PUT_S)
 
     def _keep(
         self,
         claim: Claim,
         draw: Callable[[Painter], Image.Image],
         put: Callable[[JobQueue, bytes], Any],
-    ) -> None:
-        """Draw and store; a preview that fails is missing, nothing else."""
+    ) -> Future[Any] | None:
+        """Draw, and begin to store; a preview that fails is missing, nothing else."""
         assert self._painter is not None
         try:
             data = encode_preview(draw(self._painter))
         except Exception:
             log.exception("preview failed", job=claim.job_id)
-            return
-        self._intake.ask(lambda queue: put(queue, data))
+            return None
+        return self._intake.ask(lambda queue: put(queue, data))

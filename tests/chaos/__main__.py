@@ -10,7 +10,15 @@ from pathlib import Path
 
 import structlog
 
-from tests.chaos import edge_rows, load_rows, model_row, real_rows, redis_rows, worker_rows
+from tests.chaos import (
+    edge_rows,
+    fuzz_row,
+    load_rows,
+    model_row,
+    real_rows,
+    redis_rows,
+    worker_rows,
+)
 from tests.chaos.table import FORMAT, HEAD, Row, line
 
 LONG: dict[str, Callable[[Path], Awaitable[Row]]] = {
@@ -39,6 +47,7 @@ LONG: dict[str, Callable[[Path], Awaitable[Row]]] = {
     "cancel-step": lambda folder: worker_rows.canceled_jobs_free_the_device(folder, 20),
     "cancel-real": lambda folder: real_rows.cancel_racing_completion(folder, 20),
     "machine": lambda _: model_row.state_machine(10_000),
+    "fuzz": lambda folder: fuzz_row.fuzzed_requests(folder, 4),
     "soak": lambda folder: load_rows.soak(folder, 100),
 }
 

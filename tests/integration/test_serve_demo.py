@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import http.client
 import io
+import itertools
 import json
 import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
+from openai import OpenAI
 from PIL import Image
 
 from model import GenerationRequest, load_pipeline
 from tests.model.conftest import max_difference
-from tests.server.embedded.test_service import Service
 from trainer.demo.judge import Expected, ExpectedGroup, judge
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo"
@@ -24,14 +26,9 @@ EXPECTED = Expected((ExpectedGroup(3, "star", "yellow"),))
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    running = Service(DEMO, tmp_path_factory.mktemp("serve") / "data")
-    running.wait_ready()
-    yield running
-    running.process.terminate()
-    running.process.wait(40)
-    running.end()
+@pytest.fixture
+def service(demo_service):
+    return demo_service
 
 
 def post_for_png(service, body):
@@ -94,6 +91,56 @@ def test_steps_are_skipped_where_asked(service):
         assert len(letters) == 12
         assert letters[0] == letters[-1] == "1"
     assert sum(s.count("1") for s in dynamic["cache_decisions"].values()) == dynamic["steps"]["nfe"]
+
+
+def test_an_openai_stream_shows_the_picture_in_the_making(service):
+    """True partial pictures: none is another or the final one."""
+    with OpenAI(base_url=f"http://127.0.0.1:{service.port}/v1", api_key="any") as client:
+        stream = client.images.generate(
+            prompt=PROMPT, size="64x64", n=2, stream=True, partial_images=3,
+            extra_body={"seed": 7},
+        )  # fmt: skip
+        events = list(stream)
+    pictures = {}
+    for event in events:
+        with Image.open(io.BytesIO(base64.b64decode(event.b64_json))) as opened:
+            assert (opened.format, opened.size) == ("PNG", (64, 64))
+            pixels = np.asarray(opened.convert("RGB"), dtype=np.float64)
+        place = getattr(event, "partial_image_index", "final")
+        pictures[event.image_index, place] = pixels
+    assert len(events) == len(pictures) == 2 * (3 + 1)
+    for image in range(2):
+        shown = [pictures[image, place] for place in (0, 1, 2, "final")]
+        for one, other in itertools.combinations(shown, 2):
+            assert np.abs(one - other).mean() > 0.5
+    # The last event has the very picture that a plain call gets.
+    plain, _ = post_for_png(
+        service, {"prompt": PROMPT, "seed": 8, "width": 64, "height": 64, "num_images": 1}
+    )
+    assert max_difference(Image.fromarray(pictures[1, "final"].astype(np.uint8)), plain) <= 1
+
+
+def test_a_watcher_sees_previews_of_a_running_job(service):
+    body = {"prompt": PROMPT, "seed": 3, "width": 128, "height": 128, "num_inference_steps": 50}
+    job = service.call("POST", "/generate", body, prefer="respond-async")
+    connection = http.client.HTTPConnection("127.0.0.1", service.port, timeout=100)
+    connection.request("GET", f"/jobs/{job['id']}/events")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    events = [
+        dict(line.split(": ", 1) for line in block.split("\n") if not line.startswith(":"))
+        for block in text.strip().split("\n\n")
+    ]
+    kinds = [event["event"] for event in events if "event" in event]
+    assert {"queued", "started", "progress", "preview"} <= set(kinds)
+    assert [kind for kind in kinds if kind in ("succeeded", "failed")] == kinds[-1:]
+    previews = [json.loads(event["data"]) for event in events if event.get("event") == "preview"]
+    for preview in previews:
+        data = base64.b64decode(preview["b64_json"])
+        assert preview["media_type"] == "image/jpeg"
+        assert len(data) <= 64 * 1024
+        assert Image.open(io.BytesIO(data)).size == (256, 256)
+    assert json.loads(events[-1]["data"])["images"]
 
 
 def test_bad_requests_leave_the_service_working(service):

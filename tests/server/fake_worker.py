@@ -1,6 +1,7 @@
 """A worker without a model: claims jobs from the real queue and answers with a plain picture."""
 
 import asyncio
+import dataclasses
 import hashlib
 import io
 from collections.abc import AsyncIterator
@@ -82,8 +83,18 @@ class FakeWorker:
             if step == total:
                 await self.commit(claim)
                 return
+            await self.show(claim, step, total)
             step += 0 if spec.prompt.startswith("hang") and step == 1 else 1
             await asyncio.sleep(0.001)
+
+    async def show(self, claim: Claim, step: int, total: int) -> None:
+        """Keep the partial pictures that are due after a step: they change with it."""
+        spec = claim.spec
+        parts = spec.partial_images + 1
+        for number in range(spec.partial_images):
+            for image in range(spec.num_images if step == total * (number + 1) // parts else 0):
+                half_done = dataclasses.replace(spec, seed=spec.seed + step, output_format="jpeg")
+                await self.queue.put_partial(claim, image, number, draw(half_done, 1000 * image))
 
     async def commit(self, claim: Claim) -> None:
         spec = claim.spec

@@ -52,10 +52,18 @@ def test_respond_async_answers_at_once_and_is_followed(redis_url: str, tmp_path:
 
             behind = (await it.generate({"prompt": "next"}, prefer="respond-async")).json()
             assert behind["position"] == 1
+            assert behind["estimated_start"] >= behind["submitted_at"]
+            last = (await it.generate({"prompt": "later"}, prefer="respond-async")).json()
+            assert (last["position"], job["estimated_start"] is None) == (
+                2,
+                job["position"] is None,
+            )
+            assert last["estimated_start"] > behind["estimated_start"]
             canceled = await it.client.post(f"/jobs/{job['id']}/cancel")
             assert canceled.json()["status"] == "canceled"
             done = await it.until(behind["id"], "succeeded")
             assert done["step"] == done["total"] == 20
+            assert done["estimated_start"] is None
 
     asyncio.run(scenario())
 

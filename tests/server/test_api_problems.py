@@ -285,6 +285,17 @@ def test_unknown_places(
     asyncio.run(scenario())
 
 
+def test_malformed_ranges_are_ignored(redis_url: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with service(redis_url, tmp_path, worker=False) as it:
+            for path in ("/", "/ui/index.html", "/docs"):
+                for value in ("nonsense", "bytes=5-1", "bytes=999999-"):
+                    answer = await it.client.get(path, headers={"range": value})
+                    assert answer.status_code == 200, (path, value)
+
+    asyncio.run(scenario())
+
+
 def test_an_unexpected_error_tells_nothing_but_its_id(redis_url: str, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with service(redis_url, tmp_path) as it:

@@ -34,7 +34,8 @@ def test_every_field_of_a_request_can_be_asked_for_over_http() -> None:
     wanted = names_of(GenerationRequest)
     assert wanted <= set(GenerateBody.model_fields)
     assert wanted <= names_of(JobSpec)
-    assert set(GenerateBody.model_fields) - {"priority", "deadline_s"} <= names_of(JobSpec)
+    elsewhere = {"priority", "deadline_s", "webhook_url"}  # of the job, not of the picture
+    assert set(GenerateBody.model_fields) - elsewhere <= names_of(JobSpec)
 
 
 def test_names_and_bounds_agree_with_the_model() -> None:
@@ -106,6 +107,13 @@ def test_the_price_counts_the_evaluations_the_model_will_make(
         sigmas=resolved.sigmas,
     )
     assert evaluations(parse_generate({"prompt": "x", **fields}), info) == sampler.num_evaluations
+
+
+def test_a_picture_says_how_it_was_made_unless_the_body_says_otherwise() -> None:
+    for value, expected in ((None, True), (True, True), (False, False)):
+        given = {} if value is None else {"embed_parameters": value}
+        spec = job_spec(parse_generate({"prompt": "x", **given}), seed=0, output_format="png")
+        assert JobSpec.from_json(spec.to_json()).embed_parameters is expected
 
 
 def test_what_every_step_costs_is_not_multiplied_by_pixels() -> None:

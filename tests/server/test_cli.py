@@ -19,6 +19,7 @@ from server import cli
 from server.api.address import is_loopback
 from server.protocol import DEFAULT_POOL, PNG_TEXT_KEY
 from server.queue.jobs import open_queue
+from tests.certificates import make_signing
 from tests.server.fake_worker import MODEL, service_settings
 from tests.tiny_checkpoint import make_tiny_checkpoint, write_generation_config
 
@@ -55,11 +56,10 @@ def one_line(capsys: Capture) -> str:
         (["serve", "--port", "70000"], ["--port"]),
         (["serve", "--workers", "0"], ["--workers"]),
         (["serve", "--model", "/no/such/folder"], ["/no/such/folder"]),
-        (["serve", "--model", ".", "--host", "0.0.0.0"], ["0.0.0.0", "--insecure"]),
-        (["api", "--host", "0.0.0.0"], ["0.0.0.0", "--insecure"]),
-        (["api", "--host", "example.org"], ["example.org", "--insecure"]),
         (["worker", "--model", ".", "--pool", "a b"], ["--pool 'a b'"]),
         (["worker", "--model", ".", "--drain-s", "-1"], ["--drain-s"]),
+        (["worker", "--model", ".", "--compile", "fast"], ["LUMINA_COMPILE", "'full'", "'fast'"]),
+        (["serve", "--model", ".", "--quantize", "int8"], ["LUMINA_QUANTIZE", "'fp8'", "'int8'"]),
         (["generate"], ["prompt"]),
         (["generate", "x", "-o", "a.gif", "--model", "."], ["a.gif", ".png"]),
         (["generate", "x", "-o", "/no/where/a.png", "--model", "."], ["/no/where"]),
@@ -102,6 +102,15 @@ def test_an_unknown_setting_is_misuse(monkeypatch: pytest.MonkeyPatch, capsys: C
     monkeypatch.setenv("LUMINA_REDIS_ULR", "x")
     assert cli.main(["api"]) == 2
     assert "LUMINA_REDIS_ULR" in one_line(capsys)
+
+
+def test_keys_cannot_be_both_required_and_waived(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setenv("LUMINA_API_KEYS", "required")
+    for command in ("api", "serve"):
+        assert cli.main([command, "--insecure"]) == 2
+        assert "LUMINA_API_KEYS=required" in one_line(capsys)
 
 
 def test_help_and_version(capsys: Capture) -> None:
@@ -164,6 +173,28 @@ def test_generate_draws_the_same_picture_twice(
     told = capsys.readouterr().out
     assert "a red circle" in told
     assert "PNG, 48x32" in told
+
+
+@pytest.mark.slow
+def test_generate_signs_or_says_nothing_as_it_is_told(
+    checkpoint: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "a.webp"
+    argv = ["generate", "a red circle", "-o", str(picture), "--model", str(checkpoint)]
+    assert cli.main([*argv, "--no-parameters"]) == 0
+    assert cli.main(["inspect", str(picture)]) == 1
+    assert "does not say how it was made" in capsys.readouterr().err
+    files = make_signing(tmp_path)
+    monkeypatch.setenv("LUMINA_C2PA_CERT", str(files.cert))
+    monkeypatch.setenv("LUMINA_C2PA_KEY", str(files.key))
+    assert cli.main(argv) == 0
+    assert cli.main(["inspect", str(picture)]) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"^prompt +a red circle$", told, re.MULTILINE)
+    assert re.search(r"^C2PA +signature and content agree", told, re.MULTILINE)
+    monkeypatch.setenv("LUMINA_C2PA_KEY", str(files.other_key))
+    assert cli.main(argv) == 2
+    assert "cannot be signed" in one_line(capsys)
 
 
 @pytest.mark.slow

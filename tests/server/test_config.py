@@ -41,6 +41,9 @@ def test_a_misspelt_variable_is_refused(monkeypatch):
         ("LUMINA_LOG_LEVEL", "loud"),
         ("LUMINA_PRECISION", "fp16"),
         ("LUMINA_WARMUP_SIZES", "512"),
+        ("LUMINA_API_KEYS", "sometimes"),
+        ("LUMINA_WEBHOOK_ALLOW_CIDRS", "10.0.0.1/8"),
+        ("LUMINA_WEBHOOK_ALLOW_CIDRS", "localhost"),
     ],
 )
 def test_a_bad_value_is_one_sentence(monkeypatch, name, value):
@@ -48,6 +51,25 @@ def test_a_bad_value_is_one_sentence(monkeypatch, name, value):
     with pytest.raises(SettingsError, match=f"{name}: .*got '{value}'") as caught:
         load_settings()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("secret", ["whsec_c2hvcnQ=", "whsec_no base64!", "c" * 40, "whsec_"])
+def test_a_bad_secret_is_refused_without_repeating_it(monkeypatch, secret):
+    monkeypatch.setenv("LUMINA_WEBHOOK_SECRET", secret)
+    with pytest.raises(SettingsError, match=r"LUMINA_WEBHOOK_SECRET: .*base64 of 24") as caught:
+        load_settings()
+    assert "got" not in str(caught.value)
+
+
+def test_a_secret_does_not_show_where_settings_do():
+    secret = "whsec_" + "A" * 44
+    assert secret not in repr(Settings(webhook_secret=secret))
+
+
+def test_networks_are_lists():
+    assert Settings().webhook_networks == []
+    found = Settings(webhook_allow_cidrs="10.0.0.0/8, ::1/128,").webhook_networks
+    assert [str(network) for network in found] == ["10.0.0.0/8", "::1/128"]
 
 
 def test_sizes_to_warm_up_are_pairs():

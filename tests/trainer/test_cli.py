@@ -4,8 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from trainer import checkpoint
 from trainer.cli import main
+from trainer.distributed import World
 
 
 @pytest.fixture
@@ -99,3 +102,33 @@ def test_data_build(run, tmp_path):
     code, _, _ = run("data", "build", "demo", "--out", tmp_path / "set", "--num", "3")
     assert code == 0
     assert (tmp_path / "set" / "records.jsonl").read_text().count("\n") == 3
+
+
+def test_a_recipe_without_parts_or_pictures_says_what_to_name(run, tmp_path):
+    command = ["train", "lumina2-stage1-256", "--out", tmp_path / "run"]
+    code, _, err = run(*command)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "--set parts=DIR, or a checkpoint with --init DIR" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_names_a_run_or_one_of_its_checkpoints(run, tmp_path):
+    stage = tmp_path / "run" / "text"
+    for step in (1, 2):
+        checkpoint.save(stage, step, {"module.x": torch.ones(1)}, {}, World())
+    older, newer = sorted((stage / "checkpoints").iterdir())
+    (tmp_path / "run" / "recipe.yaml").write_text("name: other\n")
+    for words, expected, left in (
+        ((tmp_path / "run",), "holds a run of another recipe", 2),
+        ((stage,), "is neither a run folder nor a checkpoint", 2),
+        ((older, "--out", tmp_path / "else"), "is of another run than --out", 2),
+        ((newer,), "holds a run of another recipe", 2),
+        ((older,), "holds a run of another recipe", 1),
+    ):
+        code, _, err = run("train", "demo", "--resume", *words)
+        assert code in (1, 2)
+        assert expected in err
+        assert len(list((stage / "checkpoints").iterdir())) == left
+    (stage / "final").mkdir()
+    code, _, err = run("train", "demo", "--resume", older)
+    assert (code, "the stage text is finished" in err) == (1, True)

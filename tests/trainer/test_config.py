@@ -1,8 +1,11 @@
 import re
 
 import pytest
+import torch
 import yaml
 
+from model.config import NextDiTConfig
+from model.next_dit import NextDiT
 from trainer.config import RECIPES, Recipe, load_recipe
 from trainer.stages.smoke import shrink
 
@@ -40,8 +43,9 @@ def test_smoke_version_is_valid_and_small(name):
     recipe = load_recipe(name)
     small = shrink(recipe)
     assert Recipe.model_validate(small.model_dump(mode="json")) == small
-    assert max(small.vae.steps, small.text.steps, *(d.steps for d in small.diffusion)) <= 10
-    assert [d.name for d in small.diffusion] == [d.name for d in recipe.diffusion]
+    stages = [small.vae, small.text, *small.diffusion, *small.flow]
+    assert max(stage.steps for stage in stages) <= 10
+    assert small.transformer_stages == recipe.transformer_stages
     assert load_recipe(name) == recipe
 
 
@@ -122,4 +126,41 @@ def test_files_that_are_no_recipe(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=rf"^mine\.yaml: {expected}") as error:
             load_recipe(str(path))
+        assert "\n" not in str(error.value)
+
+
+def test_the_paper_recipes_have_the_papers_numbers():
+    """arXiv 2503.21758, table 3, and the released training code."""
+    for name, resolution, steps, images, shift, auxiliary in (
+        ("lumina2-stage1-256", 256, 144_000, 1024, 0.5, 0.0),
+        ("lumina2-stage2-1024", 1024, 40_000, 512, 1.15, 1.0),
+        ("lumina2-stage3-hq", 1024, 15_000, 512, 1.15, 1.0),
+    ):
+        recipe = load_recipe(name)
+        (stage,) = recipe.flow
+        assert (stage.resolution, stage.steps, stage.batch_images) == (resolution, steps, images)
+        assert (stage.timestep_shift, stage.auxiliary_weight) == (shift, auxiliary)
+        assert (stage.caption_dropout, stage.recompute, stage.precision) == (0.1, True, "bf16")
+        optimizer = stage.optimizer
+        assert (optimizer.name, optimizer.lr, optimizer.betas) == ("adamw", 2e-4, (0.9, 0.95))
+        assert (optimizer.eps, optimizer.clip, optimizer.ema_decay) == (1e-15, 2.0, 0.95)
+        assert (optimizer.warmup, optimizer.cooldown) == (0, 0.0)
+        assert (recipe.seed, recipe.shift) == (20241207, 6.0)
+        with torch.device("meta"):
+            dit = NextDiT(NextDiTConfig.from_dict({**recipe.transformer, "cap_feat_dim": 2304}))
+        assert sum(p.numel() for p in dit.parameters()) == 2_609_769_152
+
+
+def test_stages_of_a_recipe_are_checked_together():
+    for override, expected in (
+        ("flow=[]", "diffusion or flow must have a stage"),
+        ("flow.0.domains={real: real}", "the domain 'default' needs a template"),
+        ("flow.0.domains={default: reel}", "template 'reel' is unknown; known are"),
+        ("flow.0.languages={}", "the weights must not be negative"),
+        ("flow.0.micro_token=4", "did you mean 'micro_tokens'?"),
+        ("data.paht=x", "did you mean 'path'?"),
+        ("previews.evry=1", "did you mean 'every'?"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(expected)) as error:
+            load_recipe("lumina2-stage1-256", [override])
         assert "\n" not in str(error.value)

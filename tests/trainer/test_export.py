@@ -2,8 +2,9 @@ import pytest
 import torch
 import yaml
 
-from trainer.checkpoint import save_state
+from trainer import checkpoint
 from trainer.config import load_recipe
+from trainer.distributed import World
 from trainer.export import export_run
 
 
@@ -38,9 +39,9 @@ def test_what_is_no_run_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_without_a_diffusion_state_is_refused(run, tmp_path):
-    save_state(run / "vae", {"step": 3})
-    refuse("has no diffusion stage with a saved state yet", run, tmp_path / "out")
+def test_a_run_without_a_transformer_checkpoint_is_refused(run, tmp_path):
+    checkpoint.save(run / "vae", 3, {"ema.x": torch.zeros(1)}, {}, World())
+    refuse("has no transformer stage with a checkpoint yet", run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -54,5 +55,5 @@ def test_a_damaged_recipe_is_refused(run, tmp_path):
 def test_a_run_that_began_elsewhere_needs_init(run, tmp_path):
     """It has no autoencoder of its own."""
     name = load_recipe("demo").diffusion[0].name
-    save_state(run / name, {"step": 3, "ema": {"average": {"x": torch.zeros(1)}}})
+    checkpoint.save(run / name, 3, {"ema.x": torch.zeros(1)}, {}, World())
     refuse("config.json: the file is missing", run, tmp_path / "out")

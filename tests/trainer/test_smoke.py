@@ -11,6 +11,7 @@ import yaml
 from model import GenerationRequest, load_pipeline
 from model.checkpoint import verify_manifest
 from tests.model.conftest import psnr
+from trainer import checkpoint
 from trainer.cli import main
 from trainer.config import load_recipe
 
@@ -45,11 +46,12 @@ def test_every_stage_leaves_its_traces(run):
 
 
 def test_a_finished_run_says_done_and_trains_nothing(run, capsys):
-    states = {path: path.stat().st_mtime_ns for path in run.rglob("*.pt")}
+    states = {path: path.stat().st_mtime_ns for path in run.rglob("*.distcp")}
+    assert states
     capsys.readouterr()
     assert main(["train", "demo", "--smoke", "--out", str(run)]) == 0
     assert capsys.readouterr().out == f"done: {run}\n"
-    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.pt")} == states
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.distcp")} == states
 
 
 def test_other_settings_are_refused_in_the_same_folder(run, capsys):
@@ -85,7 +87,7 @@ def test_export_tells_where_it_came_from(run, exported):
 def test_export_holds_the_averaged_weights(run, exported):
     pipeline = load_pipeline(exported)
     stage = run / load_recipe("demo").diffusion[-1].name
-    average = torch.load(stage / "state.pt", weights_only=True)["ema"]["average"]
+    _, average = checkpoint.load_average(stage)
     for name, weight in pipeline.dit.state_dict().items():
         assert torch.equal(weight, average[name].bfloat16().float()), name
 

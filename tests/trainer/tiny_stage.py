@@ -6,13 +6,14 @@ from torch import nn
 
 from trainer.config import OptimizerConfig
 from trainer.distributed import World
+from trainer.stages.base import WholeStage
 
 BATCH = 8
 ALONE = World()
 TOTAL_STEPS = 6
 
 
-class TinyStage:
+class TinyStage(WholeStage):
     """A convolution and a linear layer fitted to noise.
 
     Args:

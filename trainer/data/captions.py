@@ -19,9 +19,10 @@ CHUNK = 32  # captions of like length encoded together
 class CaptionEncoder:
     """Turns texts into features ``[L_i, D]`` in batches, without gradient."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self._tokenizer = load_tokenizer(folder / "tokenizer")
-        self._gemma = load_gemma(folder / "text_encoder")
+        self._gemma = load_gemma(folder / "text_encoder", device=device)
+        self._device = torch.device(device)
 
     @property
     def feature_dim(self) -> int:
@@ -50,8 +51,10 @@ class CaptionEncoder:
         for start in range(0, len(order), CHUNK):
             places = order[start : start + CHUNK]
             width = len(rows[places[-1]])
-            ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in places])
-            with mixed_precision():
+            ids = torch.tensor(
+                [rows[i] + [0] * (width - len(rows[i])) for i in places], device=self._device
+            )
+            with mixed_precision(self._device.type):
                 hidden = self._gemma(input_ids=ids, use_cache=False).last_hidden_state.float()
             for place, states in zip(places, hidden, strict=True):
                 features[place] = states[: len(rows[place])]

@@ -58,9 +58,9 @@ class LatentPool:
         for start in range(0, num, batch):
             stop = min(start + batch, num)
             images = [render(self._scene(i), size.width, size.height) for i in range(start, stop)]
-            with torch.no_grad(), mixed_precision():
+            with torch.no_grad(), mixed_precision(vae.device.type):
                 latents = vae.encode(to_tensor(np.stack(images)))
-            out[start:stop] = latents.float().numpy().astype(np.float16)
+            out[start:stop] = latents.float().cpu().numpy().astype(np.float16)
             if time.monotonic() - reported > 15.0:
                 reported = time.monotonic()
                 rate = stop / (reported - started)

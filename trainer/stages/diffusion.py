@@ -17,6 +17,7 @@ from trainer.data.latents import LatentPool
 from trainer.distributed import World
 from trainer.loss import sample_timesteps, velocity_loss
 from trainer.precision import mixed_precision
+from trainer.stages.base import WholeStage
 
 STEPS_SORTED = 4
 SCENES_APART = 10_000_000  # more than any stage draws
@@ -24,8 +25,10 @@ SCENES_APART = 10_000_000  # more than any stage draws
 SIZES_STREAM, SCENES_STREAM, NOISE_STREAM = range(3)
 
 
-class DiffusionStage:
+class DiffusionStage(WholeStage):
     """Trains the transformer on packed ragged batches through the same forward as serving."""
+
+    module: NextDiT
 
     def __init__(
         self,
@@ -73,10 +76,12 @@ class DiffusionStage:
         noise = torch.randn(clean.shape, generator=generator)
         timesteps = sample_timesteps(len(clean), self._config.timestep_shift, generator)
         noisy = flow.interpolate(clean, noise, timesteps)
-        with mixed_precision():
+        device = self._world.device
+        with mixed_precision(torch.device(device).type):
             velocity = self.module(list(noisy), timesteps, prompts)
-        losses = velocity_loss(velocity, list(flow.velocity_target(clean, noise)))
-        return losses.mean(), _by_timestep(losses.detach(), timesteps)
+        target = flow.velocity_target(clean, noise).to(device)
+        losses = velocity_loss(velocity, list(target))
+        return losses.mean(), _by_timestep(losses.detach().cpu(), timesteps)
 
     def _examples(self, step: int) -> tuple[Tensor, list[str]]:
         """Latents and prompts of a step.

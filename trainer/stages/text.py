@@ -30,6 +30,7 @@ from trainer.demo.scenes import (
 from trainer.distributed import World
 from trainer.ema import Ema
 from trainer.precision import mixed_precision
+from trainer.stages.base import WholeStage
 from trainer.tokenizer import train_tokenizer
 
 LOOKS = {
@@ -67,16 +68,17 @@ class SceneReader(nn.Module):
     def forward(self, ids: Tensor, last: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Predictions from the token ``last`` ``[B]`` of ``ids`` ``[B, L]``, and LM logits."""
         states = self.encoder(input_ids=ids, output_hidden_states=True, use_cache=False)
-        feature = states.hidden_states[-2][torch.arange(len(ids)), last]
+        feature = states.hidden_states[-2][torch.arange(len(ids), device=ids.device), last]
         parts = self.heads(feature).split(list(self._sizes.values()), dim=-1)
         logits = states.last_hidden_state @ self.encoder.embed_tokens.weight.T
         return dict(zip(self._sizes, parts, strict=True)), logits
 
 
-class TextStage:
+class TextStage(WholeStage):
     """Trains the tokenizer at construction and the encoder in the loop."""
 
     name = "text"
+    module: SceneReader
 
     def __init__(self, config: TextConfig, seed: int, world: World) -> None:
         self.optimizer = config.optimizer
@@ -109,11 +111,14 @@ class TextStage:
         last = torch.tensor([len(row) - 1 for row in rows])
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-        with mixed_precision():
+        ids, last = ids.to(self._world.device), last.to(self._world.device)
+        with mixed_precision(ids.device.type):
             predictions, logits = self.module(ids, last)
         predictions = {key: value.float() for key, value in predictions.items()}
         losses = scene_losses(predictions, scenes)
-        targets = ids[:, 1:].masked_fill(torch.arange(1, width) > last[:, None], -100)
+        targets = ids[:, 1:].masked_fill(
+            torch.arange(1, width, device=ids.device) > last[:, None], -100
+        )
         losses["next_token"] = LANGUAGE_MODEL_WEIGHT * F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100
         )
@@ -124,7 +129,7 @@ class TextStage:
     def finish(self, ema: Ema, folder: Path) -> None:
         """Save tokenizer and averaged encoder as transformers does."""
         self.module.load_state_dict(ema.weights())
-        self.module.encoder.eval().save_pretrained(folder / "text_encoder")
+        self.module.encoder.to("cpu").eval().save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
 
 
@@ -151,23 +156,25 @@ def build_encoder(config: TextConfig, tokenizer: GemmaTokenizer) -> Gemma2Model:
 def scene_losses(predictions: Mapping[str, Tensor], scenes: list[Scene]) -> dict[str, Tensor]:
     """Losses of counts, positions, sizes and background."""
     batch, looks = len(scenes), len(LOOKS)
+    device = predictions["counts"].device
     counts = _counts(scenes)
-    present = counts > 0
     centers, sizes = torch.zeros(batch, looks, 2), torch.zeros(batch, looks, dtype=torch.long)
     for row, scene in enumerate(scenes):
         for thing in scene.objects:
             look = LOOKS[thing.shape, thing.color]
             centers[row, look] += torch.tensor((thing.x, thing.y)) / counts[row, look]
             sizes[row, look] = SIZES.index(thing.size)
+    counts, centers, sizes = counts.to(device), centers.to(device), sizes.to(device)
+    present = counts > 0
     count_logits = predictions["counts"].view(batch, looks, -1)
     positions = predictions["positions"].view(batch, looks, 2)
-    kinds = torch.tensor([BACKGROUND_KINDS.index(s.background.kind) for s in scenes])
+    kinds = torch.tensor([BACKGROUND_KINDS.index(s.background.kind) for s in scenes]).to(device)
     colors = torch.tensor(
         [
             [GROUND_COLORS.index(c) for c in (s.background.colors[0], s.background.colors[-1])]
             for s in scenes
         ]
-    )
+    ).to(device)
     color_logits = predictions["ground_colors"].view(batch, 2, -1)
     return {
         "counts": F.cross_entropy(count_logits.flatten(0, 1), counts.flatten()) * looks * 0.5,
@@ -181,7 +188,7 @@ def scene_losses(predictions: Mapping[str, Tensor], scenes: list[Scene]) -> dict
 
 def count_accuracy(logits: Tensor, scenes: list[Scene]) -> float:
     """Share of scenes whose objects (shape, colour and number) are all predicted right."""
-    counts = _counts(scenes)
+    counts = _counts(scenes).to(logits.device)
     guess = logits.view(*counts.shape, -1).argmax(-1)
     return float((guess == counts).all(-1).float().mean())
 

@@ -16,15 +16,17 @@ from trainer.distributed import World
 from trainer.ema import Ema
 from trainer.loss import kl_loss, reconstruction_loss
 from trainer.precision import mixed_precision
+from trainer.stages.base import WholeStage
 from trainer.stages.whiten import fold_into, whitening
 
 STATISTICS_IMAGES = 512
 
 
-class VaeStage:
+class VaeStage(WholeStage):
     """Trains the autoencoder; scenes are rendered as they are needed."""
 
     name = "vae"
+    module: AutoencoderKL
     whitens = False  # whether the latents are whitened once trained
 
     def __init__(self, config: VaeConfig, seed: int, world: World) -> None:
@@ -43,12 +45,12 @@ class VaeStage:
         # All ranks draw the same size, or the slower one would hold up the others.
         shared = np.random.default_rng((self._seed, step))
         size = self._config.sizes[shared.choice(len(weights), p=weights / weights.sum())]
-        images = self._batch(rng, size)
+        images = self._batch(rng, size).to(self._world.device)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        with mixed_precision():
+        with mixed_precision(images.device.type):
             mean, logvar = self.module.encode(images).latent_dist.parameters.chunk(2, dim=1)
             mean, logvar = mean.float(), logvar.float().clamp(-30.0, 20.0)
-            noise = torch.randn(mean.shape, generator=generator)
+            noise = torch.randn(mean.shape, generator=generator).to(mean.device)
             decoded = self.module.decode(mean + (0.5 * logvar).exp() * noise).sample
         loss, mse = reconstruction_loss(images, decoded, self._config.gradient_weight)
         kl = kl_loss(mean, logvar)
@@ -67,7 +69,7 @@ class VaeStage:
     @torch.no_grad()
     def finish(self, ema: Ema, folder: Path) -> None:
         """Save the averaged weights, with the latent scale and shift measured on fresh scenes."""
-        vae = self.module
+        vae = self.module.to("cpu")
         vae.load_state_dict(ema.weights())
         vae.eval()
         rng = np.random.default_rng((self._seed, 2**31))

@@ -18,7 +18,7 @@ end
 
 local function look(id)
   return redis.call('HMGET', job_key(id), 'tenant', 'solo', 'submitted_ms', 'cost', 'spec',
-    'priority', 'claim_no', 'attempts', 'started_ms', 'deadline_ms')
+    'priority', 'claim_no', 'attempts', 'started_ms', 'deadline_ms', 'weight')
 end
 
 local function take(id, f)
@@ -79,7 +79,9 @@ while #claims < room and expired < EXPIRE_LIMIT do
     budget = budget - cost
     local spent = redis.call('ZINCRBY', ring, cost / WEIGHTS[priority], priority)
     redis.call('HSET', pool_key('served', pool), priority, spent, 'latest', first[2])
-    redis.call('ZADD', tenants, math.ceil(tonumber(next_tenant[2])) + cost, tenant)
+    -- A tenant's time passes more slowly the more it weighs; it stays whole (see join_rings).
+    local passed = math.ceil(cost / (tonumber(f[11]) or 1))
+    redis.call('ZADD', tenants, math.ceil(tonumber(next_tenant[2])) + passed, tenant)
     leave_ready(id, pool, priority, tenant)
     take(id, f)
   end

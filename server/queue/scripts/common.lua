@@ -5,7 +5,7 @@ local function redis_ms() local t = redis.call('TIME') return t[1] * 1000 + math
 local now = tonumber(ARGV[1]) > 0 and tonumber(ARGV[1]) or redis_ms()
 
 -- What the process that runs a script counts in its metrics: {'finished', pool, status, error code},
--- {'reclaimed', pool} or {'fenced', pool}. Every script answers with it, beside its own answer.
+-- {'submitted', pool}, {'reclaimed', pool} or {'fenced', pool}. Every script answers with it, beside its own answer.
 local told = {}
 local function tell(...) told[#told + 1] = {...} end
 
@@ -112,6 +112,7 @@ local function create(id, spec, tenant, pool, priority, cost, ttl, ...)
   redis.call('HINCRBY', usage, 'cost_ms', cost)
   make_ready(id, pool, priority, tenant, seq)
   announce(id, 'queued')
+  tell('submitted', pool)
   return seq
 end
 
@@ -129,9 +130,10 @@ local function requeue(id, delay)
 end
 
 -- A webhook must hear of the end of a job that has one. Whoever delivers it needs nothing else.
-local function tell_webhook(id, status, url)
+local function tell_webhook(id, status, url, key)
   local delivery = PREFIX .. 'delivery:' .. id
-  redis.call('HSET', delivery, 'url', url, 'status', status, 'tries', 0, 'since_ms', now)
+  redis.call('HSET', delivery, 'url', url, 'key', key, 'status', status, 'tries', 0,
+    'since_ms', now)
   redis.call('PEXPIRE', delivery, OUTBOX_TTL)
   redis.call('ZADD', OUTBOX, now, id)
 end
@@ -149,7 +151,8 @@ end
 -- nothing where there is no such job. Extra arguments are further fields of the job.
 local function finish(id, status, ttl, ...)
   local job = job_key(id)
-  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost', 'webhook')
+  local f = redis.call('HMGET', job, 'status', 'pool', 'priority', 'tenant', 'cost', 'webhook',
+    'webhook_key')
   redis.call('ZREM', LEASE, id)
   redis.call('ZREM', DEADLINE, id)
   if f[1] == 'queued' then
@@ -163,7 +166,7 @@ local function finish(id, status, ttl, ...)
   redis.call('ZREM', open_key(f[4]), id)
   redis.call('HSET', job, 'status', status, 'finished_ms', now, 'expires_ms', now + ttl, ...)
   redis.call('PEXPIRE', job, ttl)
-  if f[6] then tell_webhook(id, status, f[6]) end
+  if f[6] then tell_webhook(id, status, f[6], f[7] or '') end
   announce(id, status)
   tell('finished', f[2], status, error_code(...))
   redis.call('PEXPIRE', PREFIX .. 'events:' .. id, math.min(ttl, EVENTS_TTL))
@@ -177,13 +180,26 @@ local function bury(id, error)
   return finish(id, 'failed', DEAD_TTL, 'error', error)
 end
 
--- What is known of a job: its fields as a flat list, and its place among the queued, if it is.
+-- When the queued job of this rank may start: the work before it in submit order, shared by the workers.
+local function start_of(pool, rank)
+  local total, work = 0, redis.call('HVALS', pool_key('work', pool))
+  for i = 1, #work do total = total + tonumber(work[i]) end
+  local depth = math.max(1, redis.call('ZCARD', pool_key('queued', pool)))
+  local workers = redis.call('ZCOUNT', pool_key('workers', pool), now - DRAIN_TTL, '+inf')
+  return now + math.floor(total * rank / depth / math.max(1, workers))
+end
+
+-- What is known of a job: its fields as a flat list, and its place among the queued with the time it may
+-- start, if it is.
 local function record(id)
-  local fields, rank = redis.call('HGETALL', job_key(id)), false
+  local fields, rank, start = redis.call('HGETALL', job_key(id)), false, false
   for i = 1, #fields, 2 do
-    if fields[i] == 'pool' then rank = redis.call('ZRANK', pool_key('queued', fields[i + 1]), id) end
+    if fields[i] == 'pool' then
+      rank = redis.call('ZRANK', pool_key('queued', fields[i + 1]), id)
+      if rank then start = start_of(fields[i + 1], rank) end
+    end
   end
-  return {fields, rank}
+  return {fields, rank, start}
 end
 
 local function late(deadline_ms) return deadline_ms and tonumber(deadline_ms) <= now end

@@ -15,10 +15,10 @@ import pytest
 from redis import Redis
 
 from server.config import Settings
+from server.embedded.data_dir import locked
 from server.embedded.service import (
     LOAD_FAULT,
     _forget_workers,
-    _locked,
     _Service,
     num_gpus,
     run_service,
@@ -253,9 +253,9 @@ def test_a_worker_that_never_comes_up_is_given_up(
 
 
 def test_a_data_directory_has_one_owner(tmp_path):
-    with _locked(tmp_path), pytest.raises(ServiceError, match="in use"), _locked(tmp_path):
+    with locked(tmp_path), pytest.raises(ServiceError, match="in use"), locked(tmp_path):
         pass
-    with _locked(tmp_path):
+    with locked(tmp_path):
         pass
 
 
@@ -263,3 +263,12 @@ def test_a_data_directory_has_one_owner(tmp_path):
 def test_visible_gpus_are_counted_without_torch(monkeypatch, visible, count):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert num_gpus() == count
+
+
+@pytest.mark.parametrize(
+    ("host", "insecure", "told"), [("0.0.0.0", False, True), ("0.0.0.0", True, False)]
+)
+def test_the_first_line_says_where_keys_are_needed(tmp_path, host, insecure, told):
+    service = _Service({"LUMINA_API_KEYS": "auto"}, tmp_path, 1, host, 8000, insecure)
+    assert ("API keys required: `lumina keys create`" in service._greeting()) == told
+    service.close()

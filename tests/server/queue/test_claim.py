@@ -9,6 +9,7 @@ from server.errors import QueueUnavailable
 from server.queue import keys
 from server.queue.connection import connect
 from server.queue.jobs import JobQueue
+from server.queue.submission import TenantLimits
 from tests.server.queue.helpers import claim, claim_one, submit
 
 
@@ -165,5 +166,16 @@ def test_a_job_whose_record_is_gone_stops_nobody(in_queue, clock):
         await queue.redis.delete(keys.job(alone))  # now among the solo ones
         fine = await submit(queue)
         assert (await claim_one(queue)).job_id == fine
+
+    in_queue(test)
+
+
+def test_a_tenant_of_more_weight_gets_that_much_more(in_queue):
+    async def test(queue):
+        for tenant, weight in (("light", 1), ("heavy", 3)):
+            for _ in range(12):
+                await submit(queue, tenant=tenant, limits=TenantLimits(weight=weight))
+        order = [(await claim_one(queue)).tenant for _ in range(12)]
+        assert order.count("heavy") == 9
 
     in_queue(test)

@@ -3,7 +3,7 @@
 import pytest
 from redis import Redis
 
-from server.errors import TooManyJobs
+from server.errors import QuotaExceeded, TooManyJobs
 from server.protocol import new_job_id
 from server.queue import keys
 from server.queue.submission import TenantLimits
@@ -97,7 +97,7 @@ def test_a_tenants_own_limits_are_kept_in_the_same_transition(in_queue, clock):
         await queue.complete(await claim_one(queue), RESULT)
         await submit(queue, limits=limits)
         await queue.complete(await claim_one(queue), RESULT)
-        with pytest.raises(TooManyJobs, match="3 jobs today") as refusal:
+        with pytest.raises(QuotaExceeded, match="3 jobs today") as refusal:
             await queue.submit(new_job_id(), spec(), limits=limits)
         assert refusal.value.retry_after_s == 3600
         clock.advance(3601)

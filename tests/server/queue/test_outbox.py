@@ -6,6 +6,7 @@ from redis import Redis
 from server.protocol import new_job_id
 from server.queue import keys
 from server.queue.dead import DeadLetters
+from server.queue.submission import Webhook
 from tests.server.queue.helpers import BOOM, RESULT, claim_one, pass_time, spec, submit
 
 URL = "https://example.org/hook"
@@ -13,7 +14,7 @@ URL = "https://example.org/hook"
 
 async def with_webhook(queue, **options):
     job_id = new_job_id()
-    await queue.submit(job_id, spec(), webhook_url=URL, **options)
+    await queue.submit(job_id, spec(), webhook=Webhook(URL), **options)
     return job_id
 
 

@@ -11,7 +11,7 @@ import pytest
 from server.protocol import SPEC_VERSION, TERMINAL_STATUSES, JobSpec, new_job_id
 from server.queue import keys
 from server.queue.connection import connect, script_text
-from server.queue.jobs import JobQueue
+from server.queue.jobs import JobQueue, Webhook
 from tests.server.queue.helpers import BOOM, POOL, RESULT, claim_one, submit
 
 KEPT = Path(__file__).parents[2] / "fixtures"
@@ -68,7 +68,8 @@ def test_two_versions_of_workers_share_one_queue(in_queue, redis_url, clock):
         ids = []
         for path in FIXTURES * 6:
             ids.append(new_job_id())
-            await new.submit(ids[-1], JobSpec.from_json(path.read_text()), webhook_url="https://x")
+            spec = JobSpec.from_json(path.read_text())
+            await new.submit(ids[-1], spec, webhook=Webhook("https://x"))
         ends = {"succeeded": 0, "failed": 0}
         for turn in range(6 * len(ids)):
             queue, other = (new, old) if turn % 2 else (old, new)

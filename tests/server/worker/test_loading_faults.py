@@ -59,3 +59,19 @@ def test_any_other_load_fault_is_one_line_and_may_be_tried_again(tmp_path, capsy
     assert code == LOAD_FAULT
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("lumina")]
     assert told == ["lumina worker: loading failed: RuntimeError: CUDA error: out of memory"]
+
+
+@pytest.mark.usefixtures("kept_logging")
+def test_a_certificate_that_cannot_sign_is_one_line_before_anything_is_loaded(tmp_path, capsys):
+    def load(_, precision):
+        raise AssertionError("loaded before the certificate was tried")
+
+    settings = Settings(data_dir=tmp_path, c2pa_cert=tmp_path / "a.pem", c2pa_key=tmp_path / "b")
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        assert run_worker(settings, tmp_path, load=load) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    told = f"lumina worker: LUMINA_C2PA_CERT {tmp_path}/a.pem: No such file or directory\n"
+    assert capsys.readouterr().err == told

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from server.inspection import picture_facts
 from server.protocol import JobSpec, new_job_id
 from server.queue.blobs import BlobStore
 from server.queue.connection import connect
@@ -24,6 +25,7 @@ from server.worker.intake import Arrival, Inbox, Intake
 from server.worker.main import Worker
 from server.worker.output import Output
 from server.worker.pulse import Pulse
+from tests.certificates import make_signing
 from tests.fakes import FAKE_INFO, FakePipeline, wait_until
 from tests.server.worker.test_engine import claim as claim_of
 
@@ -375,3 +377,18 @@ def test_a_worker_outlives_its_redis(tmp_path, worker_process):
         assert process.poll() is None
     finally:
         redis.stop()
+
+
+@pytest.mark.slow
+def test_a_worker_with_a_certificate_signs_what_it_draws(caller, worker_process, tmp_path):
+    files = make_signing(tmp_path)
+    worker_process(num_steps=2, c2pa_cert=files.cert, c2pa_key=files.key)
+    ready(caller)
+    record = caller.wait(caller.submit(output_format="jpeg"), 60)
+    (image,) = record.result.images
+    path = tmp_path / "a.jpg"
+    path.write_bytes(BlobStore(f"file://{tmp_path}/blobs").get(image.path, image.sha256))
+    facts = dict(picture_facts(path))
+    assert facts["C2PA"].startswith("signature and content agree")
+    assert facts["signed by"].startswith("Picture Desk")
+    assert (facts["prompt"], facts["seed"]) == ("a", "5")

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import random
+import time
 from itertools import pairwise
 
 import pytest
@@ -96,6 +97,23 @@ def test_exactly_the_partial_pictures_asked_for_are_kept(redis_url, blobs):
     for row in found:
         assert row[3] is None
         assert len(set(row[:3])) == 3
+
+
+def test_a_job_does_not_end_before_its_partial_pictures_are_there(redis_url, blobs):
+    class Slow(FakePainter):
+        def full(self, latents):
+            time.sleep(0.3)  # longer than all steps together
+            return super().full(latents)
+
+    with worker_thread(redis_url, blobs, FakePipeline(), painter=Slow()):
+        job_id = submit(redis_url, partial_images=3, num_images=2)
+
+        async def at_the_end(queue):
+            record = await queue.wait(job_id, 30)
+            assert record.status == "succeeded"
+            return [await queue.partial(job_id, i, k) for i in range(2) for k in range(3)]
+
+        assert all(ask(redis_url, at_the_end))
 
 
 def test_a_preview_that_fails_harms_nobody(redis_url, blobs):

@@ -44,6 +44,22 @@ def test_every_configured_size_is_drawn_before_the_worker_is_ready():
     assert warm.cost.step_ms(StepLoad(4, 4)) > 0
 
 
+def test_a_step_that_compiled_is_not_what_is_measured():
+    torch.compiler.reset()
+    double = torch.compile(lambda x: 2 * x, backend="eager", dynamic=False)
+
+    class Compiling(FakePipeline):
+        def denoise_step(self, states):
+            double(torch.ones(3))
+            super().denoise_step(states)
+
+    pipeline, beats = Compiling(step_s=0.001), []
+    warm_up(LoadedModel(pipeline, FAKE_INFO), beat=lambda: beats.append(1))
+    assert len(pipeline.batches) == 3 * STEPS
+    assert len(beats) == 3
+    torch.compiler.reset()
+
+
 def test_loras_are_read_before_the_worker_is_ready_and_leave_room_for_the_rest():
     class Loras:
         read, growth_bytes = False, 2**62

@@ -71,7 +71,7 @@ def test_encoded_once(vae, tmp_path):
 
 def test_a_killed_encoding_is_not_taken_for_a_whole_one(vae, tmp_path, monkeypatch):
     class Killed:
-        latent_channels = vae.latent_channels
+        latent_channels, device = vae.latent_channels, vae.device
         calls = 0
 
         def encode(self, images):

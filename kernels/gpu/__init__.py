@@ -1,0 +1,1 @@
+"""Triton kernels and how each is launched. Imports Triton, so the operators import it lazily."""

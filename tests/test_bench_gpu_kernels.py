@@ -1,0 +1,74 @@
+"""`make bench-gpu-kernels` where there is no GPU: it says so, and walks its whole path tiny."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.bench_gpu_kernels import begun, main
+
+ROOT = Path(__file__).parents[1]
+
+
+def bench(*options):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_gpu_kernels", *options],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench_gpu_kernels"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert capsys.readouterr() == (
+        "",
+        "bench_gpu_kernels: there is no CUDA device here (--smoke runs on a CPU)\n",
+    )
+
+
+@pytest.mark.very_slow
+@pytest.mark.timeout(900)
+def test_the_whole_path_in_miniature_stops_and_goes_on(tmp_path):
+    file = tmp_path / "bench_gpu_kernels-smoke.json"
+    options = ("--smoke", "--out", str(tmp_path))
+    stopped = bench(*options, "--budget-s", "0")
+    assert stopped.returncode == 3, stopped.stderr
+    report = json.loads(file.read_text())
+    assert report["tests"]["passed"]
+    assert (report["complete"], report["rows"]) == (False, [])
+    report["tests"]["seconds"] = 0.125  # recognised below: the tests are not run again
+    file.write_text(json.dumps(report))
+
+    done = bench(*options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert report["complete"]
+    assert report["tests"]["seconds"] == 0.125
+    assert {row["operator"] for row in report["rows"]} == {
+        "rms_norm", "qk_norm_rope", "gate_residual_norm", "silu_mul",
+    }  # fmt: skip
+    for row in report["rows"]:
+        assert 0 < row["kernel"]["p20_ms"] <= row["kernel"]["p50_ms"] <= row["kernel"]["p80_ms"]
+        assert row["relative_l2_to_eager"] < 2e-2  # bf16, cut off by the interpreter
+        assert row["case"] in done.stdout
+    for name in ("device", "versions", "git_revision"):
+        assert report[name]
+
+
+def test_rows_of_another_machine_or_revision_do_not_count(tmp_path):
+    around = {"device": "a GPU", "git_revision": "one"}
+    report = {**around, "complete": False, "tests": {"passed": True}, "rows": [{"case": "x"}]}
+    (tmp_path / "name.json").write_text(json.dumps(report))
+    assert begun("name", tmp_path, around) == report
+    assert begun("name", tmp_path, around | {"git_revision": "two"})["rows"] == []
+    assert begun("other", tmp_path, around)["tests"] is None
