@@ -12,7 +12,7 @@ from server.api import admin, events, generate, health, internal, jobs, openai, 
 from server.api.auth import authenticate
 from server.api.context import ApiContext
 from server.api.image_links import ImageLinks
-from server.api.middleware import RequestGuard, WholeAnswers
+from server.api.middleware import RequestGuard, WholeAnswers, note_route
 from server.api.openapi import describe
 from server.api.page import add_pages
 from server.api.problems import HANDLERS
@@ -73,7 +73,7 @@ def create_app(
         description="Text to image with the Lumina-Image 2.0 family.",
         lifespan=_lifespan(context, owns_queue=queue is None),
         exception_handlers=HANDLERS,
-        dependencies=[Depends(authenticate), *bearer],
+        dependencies=[Depends(note_route), Depends(authenticate), *bearer],
         redirect_slashes=False,
         docs_url=None,  # FastAPI's own page is loaded from other servers
         redoc_url=None,

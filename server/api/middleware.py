@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import metrics
@@ -34,9 +34,14 @@ def host_name(header: str) -> str:
         return ""
 
 
+async def note_route(request: Request) -> None:
+    """Tell the guard, which only sees the path, which route serves; a dependency of all."""
+    request.state.route = getattr(request.scope.get("route"), "path", "other")
+
+
 def _count(scope: Scope, status: int, took_s: float) -> None:
     """Count a request under its route's pattern: paths, and methods of one's own, have no end."""
-    route = getattr(scope.get("route"), "path", "") or "other"
+    route = scope["state"].get("route", "other")
     method = scope["method"] if scope["method"] in METHODS else "other"
     code = str(status or CLIENT_CLOSED)
     metrics.http_requests.labels(route, method, code).inc()
