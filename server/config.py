@@ -62,6 +62,13 @@ class Settings(BaseSettings):
     """What an acknowledged job must have outlived: a second of Redis's memory, its disk's sync, or
     the loss of its server (docs/reliability.md)."""
 
+    internal_port: int = Field(default=8001, ge=0, le=65535)
+    """Where an API or worker process alone answers probes and `/metrics`; 0: nowhere. The default
+    is passed over where another process has it. `lumina serve` answers on its main port instead."""
+
+    internal_host: str = "127.0.0.1"
+    """The address of that port."""
+
     lease_s: float = Field(default=15.0, ge=0.5)
     max_attempts: int = Field(default=3, ge=1)
     queue_limit: int = Field(default=1000, ge=1)
@@ -140,6 +147,11 @@ class Settings(BaseSettings):
     def webhook_networks(self) -> list[Network]:
         """The networks of `webhook_allow_cidrs`."""
         return _networks(self.webhook_allow_cidrs)
+
+    @property
+    def chose_internal_port(self) -> bool:
+        """Whether somebody asked for that very port."""
+        return "internal_port" in self.model_fields_set
 
     @property
     def warmup(self) -> list[tuple[int, int]]:

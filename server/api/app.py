@@ -7,11 +7,12 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from fastapi import Depends, FastAPI
 from fastapi.security import HTTPBearer
 
-from server.api import admin, events, generate, health, jobs, openai, state, usage
+from server import metrics
+from server.api import admin, events, generate, health, internal, jobs, openai, state, usage
 from server.api.auth import authenticate
 from server.api.context import ApiContext
 from server.api.image_links import ImageLinks
-from server.api.middleware import RequestGuard, WholeAnswers
+from server.api.middleware import RequestGuard, WholeAnswers, note_route
 from server.api.openapi import describe
 from server.api.page import add_pages
 from server.api.problems import HANDLERS
@@ -19,15 +20,16 @@ from server.api.rates import Rates
 from server.api.webhook_targets import WebhookGuard
 from server.api.webhooks import WebhookCourier
 from server.config import Settings
+from server.protocol import DEFAULT_POOL
 from server.queue.api_keys import KeyRing
 from server.queue.blobs import BlobStore
-from server.queue.connection import end_tasks
+from server.queue.connection import SCRIPT_NAMES, end_tasks
 from server.queue.jobs import JobQueue, open_queue
 from server.queue.upkeep import Upkeep
 
 ROUTERS = (
     generate.router, jobs.listing, jobs.router, events.router, openai.router, health.router,
-    usage.router, state.router, admin.router,
+    health.probes, usage.router, state.router, admin.router,
 )  # fmt: skip
 
 
@@ -50,6 +52,8 @@ def create_app(
         keys_required: refuse requests without an API key; otherwise keys are ignored.
         needs_worker: `/readyz` waits for a live worker with a loaded model, not for Redis alone.
     """
+    metrics.declare(SCRIPT_NAMES)
+    metrics.declare_pool(DEFAULT_POOL)
     used = queue or open_queue(settings)
     context = ApiContext(
         settings=settings,
@@ -69,7 +73,7 @@ def create_app(
         description="Text to image with the Lumina-Image 2.0 family.",
         lifespan=_lifespan(context, owns_queue=queue is None),
         exception_handlers=HANDLERS,
-        dependencies=[Depends(authenticate), *bearer],
+        dependencies=[Depends(note_route), Depends(authenticate), *bearer],
         redirect_slashes=False,
         docs_url=None,  # FastAPI's own page is loaded from other servers
         redoc_url=None,
@@ -80,6 +84,8 @@ def create_app(
     app.add_middleware(RequestGuard, loopback_only=loopback_only)
     for router in ROUTERS:
         app.include_router(router)
+    if metrics.shared_folder():  # of `lumina serve`, whose processes have one `/metrics`
+        app.include_router(internal.router)
     add_pages(app)
     return app
 

@@ -14,6 +14,7 @@ from server.errors import DataLost, ModelNotReady, QueueUnavailable
 from server.protocol import ModelInfo
 
 router = APIRouter()
+probes = APIRouter()
 
 
 class Health(BaseModel):
@@ -45,7 +46,7 @@ class Offer(BaseModel):
     loras: list[str]
 
 
-@router.get(
+@probes.get(
     "/livez",
     response_model=Health,
     responses=problems() | {200: answer("Alive", {"status": "alive"})},
@@ -56,7 +57,7 @@ async def livez() -> Response:
     return JSONResponse({"status": "alive"})
 
 
-@router.get(
+@probes.get(
     "/startupz",
     response_model=Health,
     responses=problems() | {200: answer("Started", {"status": "started"})},
@@ -67,7 +68,7 @@ async def startupz() -> Response:
     return JSONResponse({"status": "started"})
 
 
-@router.get(
+@probes.get(
     "/readyz",
     response_model=Health,
     responses=problems("data-lost", "model-not-ready", "queue-unavailable")

@@ -12,9 +12,11 @@ import uvicorn
 from server.api.address import keys_required
 from server.api.app import create_app
 from server.api.context import ApiContext
+from server.api.internal import InternalServer
 from server.config import Settings
 from server.errors import ServiceError
 from server.log import configure_logging
+from server.queue.connection import end_tasks
 
 STOP_S = 5  # how long answers under way may take once the process has been told to stop
 IDLE_S = 75
@@ -26,6 +28,18 @@ class _ApiServer(uvicorn.Server):
     """A uvicorn server that ends waiting answers with 202 when it is told to stop."""
 
     context: ApiContext
+    internal: socket.socket | None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve the public port until told to stop, and the internal one, if any, as long."""
+        tasks = []
+        if self.internal is not None:
+            inner = InternalServer(self.context)
+            tasks = [asyncio.create_task(inner.serve(sockets=[self.internal]))]
+        try:
+            await super().serve(sockets)
+        finally:
+            await end_tasks(*tasks)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -68,10 +82,26 @@ def run_api(
     )
     server = _ApiServer(config)
     server.context = app.state.context
+    server.internal = _internal_listener(settings)
     log.info("api listening", host=host, port=listener.getsockname()[1], keys=with_keys)
-    with listener:
+    with listener, server.internal or contextlib.nullcontext():
         server.run(sockets=[listener])
     return 0
+
+
+def _internal_listener(settings: Settings) -> socket.socket | None:
+    """The socket for probes and metrics; None without a port, or where the default one is taken."""
+    if not settings.internal_port:
+        return None
+    try:
+        listener = _listen(settings.internal_host, settings.internal_port)
+    except ServiceError as error:
+        if settings.chose_internal_port:
+            raise
+        log.warning("no probes and metrics of their own", reason=error.detail)
+        return None
+    log.info("probes listening", host=settings.internal_host, port=settings.internal_port)
+    return listener
 
 
 def _listen(host: str, port: int) -> socket.socket:

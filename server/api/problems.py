@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import Scope
 
+from server import metrics
 from server.api.openai_errors import is_openai, openai_error
 from server.api.schemas import InvalidFields, printable, shown
 from server.errors import QueueUnavailable, ServerError
@@ -196,6 +197,8 @@ def error_problem(
 async def on_server_error(request: Request, error: Exception) -> JSONResponse:
     """Answer an error of our own tree."""
     assert isinstance(error, ServerError)
+    if request.method == "POST" and error.code in metrics.REJECTIONS:
+        metrics.jobs_rejected.labels(error.code).inc()
     return error_problem(request.scope, error)
 
 

@@ -16,6 +16,7 @@ import httpx
 import structlog
 from standardwebhooks import Webhook
 
+from server import metrics
 from server.api.answers import job_answer, rfc3339
 from server.api.image_links import ImageLinks
 from server.api.webhook_targets import ForbiddenTarget, LookupFailed, WebhookGuard, parse_target
@@ -133,11 +134,13 @@ class WebhookCourier:
         again_s: float | None = None
         try:
             status = await self._deliver(delivery)
+            metrics.webhook_deliveries.labels("delivered").inc()
             log.info("webhook delivered", status=status, **told)
         except (Undelivered, ForbiddenTarget, LookupFailed) as error:
             again_s = retry_in_s(delivery.tries)
             if isinstance(error, Hopeless) or delivery.age_s + again_s > GIVE_UP_S:
                 again_s = None
+            metrics.webhook_deliveries.labels("given-up" if again_s is None else "retry").inc()
             log.warning("webhook failed", reason=str(error), retry_in_s=again_s, **told)
         except QueueUnavailable as error:
             log.warning("queue away", doing="webhooks", reason=error.detail)

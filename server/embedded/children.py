@@ -48,11 +48,18 @@ class Child:
     Args:
         name: for logs, and the id a worker keeps over its restarts.
         start: spawns it.
+        on_end: called with the process id when its end is noticed.
     """
 
-    def __init__(self, name: str, start: Callable[[], "subprocess.Popen[bytes]"]) -> None:
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[], "subprocess.Popen[bytes]"],
+        on_end: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.name = name
         self._start = start
+        self._on_end = on_end
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._start_after = 0.0
@@ -86,6 +93,7 @@ class Child:
         code = self._process.poll()
         if code is None:
             return None
+        self._on_end(self._process.pid)
         self._process = None
         self._failures = 0 if now - self._started_at > STEADY_S else self._failures + 1
         first_s, longest_s = BACKOFF_S

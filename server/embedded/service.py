@@ -17,6 +17,7 @@ from typing import IO
 import structlog
 from redis import Redis
 
+from server import metrics
 from server.api.address import keys_required
 from server.config import ENV_PREFIX, Settings
 from server.embedded.children import Child, spawn, stop_children
@@ -149,9 +150,13 @@ class _Service:
         os.close(giver)
         gpus = num_gpus()
         count = workers or max(1, gpus)
-        self.api = Child("api", self._spawn_api)
+        self.api = Child("api", self._spawn_api, self._forget)
         self.workers = [
-            Child(f"worker-{i}", lambda i=i: self._spawn_worker(i, count, gpus))  # type: ignore[misc]
+            Child(
+                f"worker-{i}",
+                lambda i=i: self._spawn_worker(i, count, gpus),  # type: ignore[misc]
+                self._forget,
+            )
             for i in range(count)
         ]
 
@@ -236,6 +241,10 @@ class _Service:
         finally:
             connection.close()
 
+    def _forget(self, pid: int) -> None:
+        """Drop the gauges of a child that has ended."""
+        metrics.forget_process(pid, self._env[metrics.FOLDER_VARIABLE])
+
     # Only the command lines of workers contain the word: users count them by it.
     def _spawn_api(self) -> "subprocess.Popen[bytes]":
         argv = ["api", "--host", self._host, "--port", str(self._port), "--needs-model"]
@@ -293,11 +302,23 @@ def _environment(settings: Settings, redis_url: str) -> dict[str, str]:
     """The children's environment: every setting as its variable."""
     values = settings.model_dump() | {
         "redis_url": redis_url,
+        "internal_port": 0,  # one `/metrics` for all, on the main port
         "data_dir": settings.data_dir.resolve(),
         "lora_dir": settings.lora_dir.resolve() if settings.lora_dir else None,
     }
     set_values = {name: value for name, value in values.items() if value is not None}
-    return os.environ | {ENV_PREFIX + name.upper(): str(v) for name, v in set_values.items()}
+    shared = {metrics.FOLDER_VARIABLE: str(_metrics_folder(settings.data_dir))}
+    return (
+        os.environ | shared | {ENV_PREFIX + name.upper(): str(v) for name, v in set_values.items()}
+    )
+
+
+def _metrics_folder(data_dir: Path) -> Path:
+    """An empty folder in which the children keep the values of their metrics."""
+    folder = data_dir.resolve() / "metrics"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
 
 
 def _url_host(host: str) -> str:

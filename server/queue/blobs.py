@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import fsspec
 
+from server import metrics
 from server.errors import BlobUnavailable, NotFound
 
 RESULTS = "results"
@@ -57,8 +58,10 @@ class BlobStore:
                 self._fs.pipe_file(target, data)
             stored = self._fs.cat_file(target)
         except Exception as error:  # every file system of fsspec has its own
+            metrics.blob_errors.labels("put").inc()
             raise BlobUnavailable(f"the blob store failed: {error}") from error
         if hashlib.sha256(stored).hexdigest() != digest:
+            metrics.blob_errors.labels("put").inc()
             raise BlobUnavailable(f"the blob store holds other bytes at {path} than were written")
         return digest
 
@@ -73,8 +76,10 @@ class BlobStore:
         except FileNotFoundError:
             raise NotFound(f"there is no blob {path}") from None
         except Exception as error:
+            metrics.blob_errors.labels("get").inc()
             raise BlobUnavailable(f"the blob store failed ({type(error).__name__})") from error
         if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            metrics.blob_errors.labels("get").inc()
             raise BlobUnavailable(f"the blob store gives other bytes at {path} than were stored")
         return data
 

@@ -12,7 +12,9 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeout
 
+from server import metrics
 from server.errors import QueueUnavailable
 from server.queue import keys
 from server.queue.sentinel import close_sentinels, connect_to_master
@@ -28,7 +30,7 @@ MAX_BLOCK_S = 2.0
 SCRIPT_NAMES = (
     "submit", "claim", "heartbeat", "progress", "complete", "fail", "release", "cancel", "reap",
     "retry", "purge", "reconcile", "epoch", "offer", "preview", "outbox", "delivered",
-    "record", "erase",
+    "record", "erase", "load",
 )  # fmt: skip
 
 
@@ -57,13 +59,39 @@ def connect(url: str) -> Redis:
 
 
 def load_scripts(redis: Redis) -> dict[str, Any]:
-    """Return every script by name, ready to call; a script Redis has forgotten is sent again."""
+    """Return every script by name, ready to call; a script Redis has forgotten is sent again.
+
+    Each answers with what its file returns and with what it tells the metrics (common.lua).
+    """
     folder = resources.files("server.queue") / "scripts"
     common = keys.lua_prelude() + (folder / "common.lua").read_text()
+
     return {
-        name: redis.register_script(common + (folder / f"{name}.lua").read_text())
+        name: redis.register_script(script_text(common, (folder / f"{name}.lua").read_text()))
         for name in SCRIPT_NAMES
     }
+
+
+def script_text(common: str, body: str) -> str:
+    """Lua that answers with what `body` returns and with what it tells the metrics."""
+    answer = "local answer = script()\nif answer == nil then answer = false end\n"
+    return f"{common}\nlocal function script()\n{body}\nend\n{answer}return {{answer, told}}\n"
+
+
+_TOLD = {
+    "submitted": metrics.jobs_submitted,
+    "finished": metrics.jobs_finished,
+    "reclaimed": metrics.jobs_reclaimed,
+    "fenced": metrics.fenced_writes,
+}
+
+
+def answer_of(reply: Any) -> Any:
+    """Return a script's own answer, and count what it tells."""
+    answer, told = reply
+    for what, pool, *more in told:
+        _TOLD[what].labels(pool, *more).inc()
+    return answer
 
 
 async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
@@ -132,6 +160,13 @@ def _close_unstarted(call: Awaitable[Any]) -> None:
         call.close()
 
 
+def _kind_of(cause: BaseException | None) -> str:
+    if isinstance(cause, ResponseError):
+        return "refused"
+    silent = cause is None or isinstance(cause, (RedisTimeout, TimeoutError))
+    return "silent" if silent else "unreachable"
+
+
 class RedisLine:
     """The connections of one event loop, and the scripts over them.
 
@@ -161,13 +196,16 @@ class RedisLine:
             self._hang_up()
             raise
         except QueueUnavailable as error:
+            metrics.redis_errors.labels(_kind_of(error.__cause__)).inc()
             if not isinstance(error.__cause__, ResponseError):
                 self._hang_up()
             raise
 
     async def run(self, name: str, *args: str | int | bytes) -> Any:
         """Run a script. The key names the shard; the scripts derive the rest from the prefix."""
-        return await self.ask(self._scripts[name](keys=[keys.SEQ], args=[self._now(), *args]))
+        with metrics.redis_script.labels(name).time():
+            call = self._scripts[name](keys=[keys.SEQ], args=[self._now(), *args])
+            return answer_of(await self.ask(call))
 
     async def preload(self) -> None:
         """Send all scripts: a call that finds its own missing takes three round trips."""
@@ -182,8 +220,7 @@ class RedisLine:
         async with self.redis.pipeline(transaction=False) as pipe:
             for args in calls:
                 await self._scripts[name](keys=[keys.SEQ], args=[now, *args], client=pipe)
-            answers: list[Any] = await self.ask(pipe.execute())
-        return answers
+            return [answer_of(reply) for reply in await self.ask(pipe.execute())]
 
     async def close(self) -> None:
         """Close the connections."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from server.errors import QueueUnavailable
 from server.queue import keys
+from server.queue.connection import answer_of
 from server.queue.health import RedisHealth
 
 Durability = Literal["everysec", "fsync", "replica"]
@@ -44,7 +45,8 @@ class DurableLine(RedisHealth):
         async with self.redis.pipeline(transaction=False) as pipe:
             await self._scripts[name](keys=[keys.SEQ], args=[self._now(), *args], client=pipe)
             pipe.execute_command(*confirm)
-            answer, confirmed = await self.ask(pipe.execute())
+            reply, confirmed = await self.ask(pipe.execute())
+        answer = answer_of(reply)
         copies = confirmed[0] if isinstance(confirmed, list) else confirmed
         if int(copies) < 1:
             what = "on disk" if self.durability == "fsync" else "on a replica"

@@ -21,6 +21,7 @@ from server.queue import keys
 from server.queue.connection import MAX_BLOCK_S, connect
 from server.queue.durability import Durability
 from server.queue.events import EventStream
+from server.queue.load import LoadBoard
 from server.queue.outbox import Outbox
 from server.queue.pools import PoolBoard
 from server.queue.previews import PreviewBoard
@@ -44,7 +45,7 @@ __all__ = [
 log = structlog.get_logger(__name__)
 
 
-class JobQueue(FrontDoor, PoolBoard, PreviewBoard, Outbox, EventStream):
+class JobQueue(FrontDoor, PoolBoard, LoadBoard, PreviewBoard, Outbox, EventStream):
     """The queue in one Redis. Use one instance per event loop.
 
     Args:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from server import metrics
 from server.errors import QueueUnavailable
 from server.protocol import JobError, JobResult, ModelInfo
 from server.queue.connection import MAX_BLOCK_S, end_tasks
@@ -77,6 +78,7 @@ class Intake:
         self._open_queue = open_queue
         self._pulse = pulse
         self._store_s = store_s
+        self._last_claim = metrics.worker_last_claim.labels(pool, worker_id)
         self._held: dict[str, Claim] = {}
         self._steps: dict[str, tuple[int, int]] = {}
         self._told_at: dict[str, float] = {}
@@ -214,6 +216,7 @@ class Intake:
                     self.worker_id, self.pool, capacity.jobs, capacity.cost_ms, idle=capacity.idle
                 )
                 now = self._looked_at = self._answered_at = time.monotonic()
+                self._last_claim.set_to_current_time()
                 for claim in claims:
                     self._held[claim.key] = claim
                     self._arrived[claim.key] = now
@@ -354,6 +357,8 @@ class Intake:
     def _drop(self, claim: Claim, state: str) -> None:
         if state == "ended":  # the commit under way came first
             return
+        if state == "lost":
+            metrics.leases_lost.labels(self.pool).inc()
         if self._held.pop(claim.key, None) is not None:
             log.info("job dropped", job=claim.job_id, claim_no=claim.claim_no, why=state)
             self._news.put(claim.key)

@@ -27,7 +27,9 @@ from server.worker.intake import Arrival, Inbox, Intake
 from server.worker.loading import LoadedModel, load_model
 from server.worker.output import Output
 from server.worker.preview import Painter, Previews
+from server.worker.probes import Probes, open_probes
 from server.worker.pulse import Pulse
+from server.worker.telemetry import Telemetry
 from server.worker.warmup import WarmUp, compiled_graphs, warm_up
 
 log = structlog.get_logger(__name__)
@@ -50,6 +52,7 @@ class Worker:
         output: Output,
         pulse: Pulse,
         painter: Painter | None = None,
+        telemetry: Telemetry | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.engine = engine
@@ -57,6 +60,7 @@ class Worker:
         self.output = output
         self.pulse = pulse
         self.previews = Previews(intake, painter)
+        self.telemetry = telemetry or Telemetry(intake.pool, intake.worker_id)
         self.stopping = False
         self._step_s = 0.0
         self.num_recompiles = 0
@@ -73,10 +77,12 @@ class Worker:
         self.pulse.beat()
         inbox = self.intake.poll(self._capacity(), 0.0 if len(self.scheduler) else IDLE_WAIT_S)
         self._take_in(inbox)
+        started = time.monotonic()
         batch = self.scheduler.schedule()
         failures = self._step(batch)
         finished = self.scheduler.complete_step(batch, self.engine.remaining(batch))
         decoded, broken = self.engine.decode(finished)
+        self.telemetry.turned(time.monotonic() - started, self.engine.num_out_of_memory)
         self._hand_over(decoded, [*failures, *broken])
 
     def _capacity(self) -> Capacity:
@@ -109,10 +115,13 @@ class Worker:
             self.intake.report(prepared.key, 0, prepared.steps_left)
 
     def _step(self, batch: StepBatch) -> list[Failure]:
+        states = [self.engine.job(key).state for key in batch.keys]
+        size = sum(s.num_sequences for s in states), sum(s.num_tokens for s in states)
         started = time.monotonic()
         failures = self.engine.step(batch)
         if batch.keys:
             self._step_s = time.monotonic() - started
+            self.telemetry.stepped(*size, self._step_s)
             self._count_recompiles()
         failed = {failure.claim.key for failure in failures}
         for key in batch.keys:
@@ -192,11 +201,14 @@ def run_worker(
     for number in (signal.SIGTERM, signal.SIGINT):
         # While loading there is nothing to hand back.
         signal.signal(number, lambda *_: _leave_at_once())
+    pulse = Pulse()
+    probes = Probes()
+    open_probes(settings, probes)
     started = time.monotonic()
     try:
         credentials = open_credentials(settings.c2pa_cert, settings.c2pa_key)
         model = load(model_dir, settings.precision)
-        pulse = Pulse()
+        pulse.beat()
         # Refuses what no part alone can see, such as an impossible default. Its stages are the
         # first by which later ones are judged.
         warm = warm_up(model, settings.warmup, pulse.beat)
@@ -211,12 +223,16 @@ def run_worker(
     info = warm.info
     load_s = round(time.monotonic() - started, 2)
     log.info("model loaded", model=info.name, hash=info.hash, load_s=load_s, **model.arithmetic)
+    telemetry = Telemetry(pool, worker_id)
+    telemetry.loaded(info, load_s)
     intake = Intake(lambda: open_queue(settings), worker_id, pool, pulse)
     blobs = BlobStore(settings.blob_store_url)
-    output = Output(intake, blobs, info.name, info.hash, credentials)
-    worker = _make_worker(settings, model, warm, intake, pulse, output)
+    output = Output(intake, blobs, info.name, info.hash, credentials, telemetry.finished)
+    worker = _make_worker(settings, model, warm, intake, pulse, output, telemetry)
     _stop_on_signals(worker)
     intake.start(info)
+    probes.alive, probes.ready = (lambda: not pulse.hung()), (lambda: intake.ready)
+    probes.started = True
     worker.run(settings.drain_s)
     _leave_at_once()
     return 0
@@ -229,6 +245,7 @@ def _make_worker(
     intake: Intake,
     pulse: Pulse,
     output: Output,
+    telemetry: Telemetry,
 ) -> Worker:
     """A worker whose scheduler knows what the warm-up measured."""
     costs = {"cost": dataclasses.asdict(warm.cost), "memory": dataclasses.asdict(warm.memory)}
@@ -239,7 +256,7 @@ def _make_worker(
         budget=StepBudget(settings.max_step_tokens, warm.cost, warm.memory),
     )
     engine = Engine(model.pipeline, pulse.beat, scheduler.out_of_memory)
-    return Worker(scheduler, engine, intake, output, pulse, model.painter)
+    return Worker(scheduler, engine, intake, output, pulse, model.painter, telemetry)
 
 
 def _stop_on_signals(worker: Worker) -> None:

@@ -101,6 +101,16 @@ def fit_memory(samples: list[Sample], decode_bytes: int, free_bytes: int) -> Mem
     )
 
 
+def host_memory() -> tuple[int, int]:
+    """Bytes this process has resident, and bytes of the machine; 0 where that is unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0, 0
+    total = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    return _host_bytes("VmRSS"), total[0] if total else 0
+
+
 def _reset_host_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")

@@ -6,7 +6,7 @@ nothing. What a refused claim stored is removed again.
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -37,6 +37,7 @@ class Output:
         model_name: goes into the result and the picture.
         model_hash: goes into the picture.
         credentials: sign the pictures, where configured.
+        on_finished: called with every result that stands, in one of the threads.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Output:
         model_name: str,
         model_hash: str,
         credentials: ContentCredentials | None = None,
+        on_finished: Callable[[JobResult], None] = lambda _: None,
     ) -> None:
         self._intake = intake
         self._blobs = blobs
         self._model_name = model_name
         self._model_hash = model_hash
         self._credentials = credentials
+        self._on_finished = on_finished
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="output")
         self._pending: dict[Future[None], Claim] = {}
 
@@ -83,7 +86,9 @@ class Output:
             self._intake.fail(claim, JobError(code="store-failed", detail=sentence), retry=True)
             return
         wait(before, BEFORE_S)
-        if not self._intake.complete(claim, result).result():
+        if self._intake.complete(claim, result).result():
+            self._on_finished(result)
+        else:
             for image in images:
                 with contextlib.suppress(OSError):
                     self._blobs.delete(image.path)

@@ -4,6 +4,11 @@
 local function redis_ms() local t = redis.call('TIME') return t[1] * 1000 + math.floor(t[2] / 1000) end
 local now = tonumber(ARGV[1]) > 0 and tonumber(ARGV[1]) or redis_ms()
 
+-- What the process that runs a script counts in its metrics: {'finished', pool, status, error code},
+-- {'submitted', pool}, {'reclaimed', pool} or {'fenced', pool}. Every script answers with it, beside its own answer.
+local told = {}
+local function tell(...) told[#told + 1] = {...} end
+
 local function job_key(id) return PREFIX .. 'job:' .. id end
 local function pool_key(kind, pool) return PREFIX .. kind .. ':' .. pool end
 local function open_key(tenant) return PREFIX .. 'open:' .. tenant end
@@ -107,6 +112,7 @@ local function create(id, spec, tenant, pool, priority, cost, ttl, ...)
   redis.call('HINCRBY', usage, 'cost_ms', cost)
   make_ready(id, pool, priority, tenant, seq)
   announce(id, 'queued')
+  tell('submitted', pool)
   return seq
 end
 
@@ -132,6 +138,15 @@ local function tell_webhook(id, status, url, key)
   redis.call('ZADD', OUTBOX, now, id)
 end
 
+-- The code of the error among the fields of an ending job.
+local function error_code(...)
+  local fields = {...}
+  for i = 1, #fields, 2 do
+    if fields[i] == 'error' then return cjson.decode(fields[i + 1]).code end
+  end
+  return ''
+end
+
 -- The one way into a terminal status, from any other. Gives the service's logical time (SEQ), or
 -- nothing where there is no such job. Extra arguments are further fields of the job.
 local function finish(id, status, ttl, ...)
@@ -153,6 +168,7 @@ local function finish(id, status, ttl, ...)
   redis.call('PEXPIRE', job, ttl)
   if f[6] then tell_webhook(id, status, f[6], f[7] or '') end
   announce(id, status)
+  tell('finished', f[2], status, error_code(...))
   redis.call('PEXPIRE', PREFIX .. 'events:' .. id, math.min(ttl, EVENTS_TTL))
   return redis.call('INCR', SEQ)
 end
@@ -201,12 +217,13 @@ end
 -- 'canceled' or 'expired', this very claim has 'ended' already (an answer was lost, or a heartbeat
 -- crossed the commit), or it is 'lost' to another. Only the last is a stale write, and is counted.
 local function claim_state(id, claim_no, worker)
-  local f = redis.call('HMGET', job_key(id), 'status', 'claim_no', 'worker', 'ended_claim')
+  local f = redis.call('HMGET', job_key(id), 'status', 'claim_no', 'worker', 'ended_claim', 'pool')
   local mine = f[2] == claim_no and f[3] == worker
   if mine and f[1] == 'running' then return 'held' end
   if f[1] == 'canceled' or f[1] == 'expired' then return f[1] end
   if (mine and f[1] == 'succeeded') or f[4] == claim_no then return 'ended' end
   count('fenced', 1)
+  tell('fenced', f[5] or '')
   return 'lost'
 end
 

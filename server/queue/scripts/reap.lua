@@ -15,7 +15,7 @@ local outage = now - reaped > math.max(OUTAGE, lease_ms / 3)
 local grace = math.min(lease_ms, GRACE)
 local taken = 0
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASE, '-inf', now, 'LIMIT', 0, limit)) do
-  local f = redis.call('HMGET', job_key(id), 'status', 'attempts', 'claim_no', 'graced')
+  local f = redis.call('HMGET', job_key(id), 'status', 'attempts', 'claim_no', 'graced', 'pool')
   local attempts = tonumber(f[2])
   redis.call('ZREM', LEASE, id)
   if f[1] == 'running' and outage and f[4] ~= f[3] then
@@ -23,6 +23,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', LEASE, '-inf', now, 'LIMIT', 0, 
     redis.call('ZADD', LEASE, now + grace, id)
   elseif f[1] == 'running' then
     taken = taken + 1
+    tell('reclaimed', f[5])
     if attempts >= max_attempts then
       bury(id, ARGV[5])
     else
