@@ -67,7 +67,7 @@ class Client:
         transport: of httpx, to reach the server in another way.
 
     Raises:
-        ValueError: `base_url` is no address of a server.
+        ValueError: `base_url` is no address of a server, or `api_key` no key.
     """
 
     def __init__(

@@ -42,6 +42,7 @@ LONGEST_RETRY_S = 60.0  # what the server asks to wait longer for is the caller'
 
 _RETRIED = frozenset({429, 502, 503, 504})
 _HOPELESS = frozenset({"deadline-too-short", "data-lost"})  # a 503 that another try does not cure
+_KEY = re.compile(r"[!-~]*")
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
 T = TypeVar("T")
@@ -91,7 +92,8 @@ def _path(job_id: str) -> str:
 
 
 def http_options(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
-    """Arguments of an httpx client; raises ValueError for what is no address of a server."""
+    """Arguments of an httpx client; raises ValueError for what is no address of a server,
+    or no API key."""
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
@@ -99,8 +101,11 @@ def http_options(base_url: str, api_key: str | None, timeout_s: float) -> dict[s
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"url {base_url!r} must be like http://127.0.0.1:8000")
     headers = {"User-Agent": f"lumina-serve/{metadata.version('lumina-serve')}"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
+    key = (api_key or "").strip()  # a key from a file ends with a line break
+    if not _KEY.fullmatch(key):
+        raise ValueError("api_key must be printable ASCII without blanks")
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     # No proxy leads to this machine itself.
     return {
         "base_url": url, "headers": headers, "timeout": timeout_s,

@@ -26,7 +26,7 @@ def draw_remotely(
     Raises:
         RefusedInput: the server refuses the request.
         ServiceError: anything else that keeps the picture from coming, in one sentence.
-        ValueError: `url` is no address of a server.
+        ValueError: `url` is no address of a server, or `api_key` no key.
     """
     try:
         from server.client import Client, InvalidInput, LuminaError

@@ -77,7 +77,7 @@ class WorkerState(BaseModel):
     beat_at: str
 
 
-class PoolState(BaseModel):
+class PoolDetail(BaseModel):
     """What a pool serves and has to do."""
 
     name: str
@@ -164,14 +164,14 @@ async def purge_all_dead(request: Request) -> Purged:
     responses=_ANY | {200: answer("All pools", [POOL])},
     summary="What is served, waits and runs",
 )
-async def pools(request: Request) -> list[PoolState]:
+async def pools(request: Request) -> list[PoolDetail]:
     """Every pool with its model, queue and live workers."""
     queue = context_of(request).queue
     states = []
     for name in await promptly(queue.pools()):
         info = await promptly(queue.model_info(name))
         states.append(
-            PoolState(
+            PoolDetail(
                 name=name,
                 model=info.name if info else None,
                 model_hash=info.hash if info else None,

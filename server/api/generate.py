@@ -14,6 +14,7 @@ from server.api.auth import Caller, caller
 from server.api.context import ApiContext, context_of, promptly
 from server.api.examples import BODIES, QUEUED, SUCCEEDED
 from server.api.jobs import image_response
+from server.api.middleware import CLIENT_CLOSED
 from server.api.negotiation import read_idempotency, read_json, read_prefer, wanted_format
 from server.api.openapi import BODY, QUEUE, SUBMIT, answer, header, json_body, problems
 from server.api.problems import error_problem, job_problem
@@ -31,8 +32,6 @@ from server.errors import QueueUnavailable, ServerError
 from server.protocol import MEDIA_TYPES, JobRecord, OutputFormat, new_job_id
 from server.queue.connection import end_tasks
 from server.queue.jobs import Idempotency, Webhook
-
-CLIENT_CLOSED = 499  # never sent: the client is gone; it names the outcome in the log
 
 log = structlog.get_logger(__name__)
 router = APIRouter()

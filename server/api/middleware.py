@@ -17,7 +17,7 @@ from server.api.schemas import printable
 from server.errors import ForeignHost, ForeignOrigin
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-CLIENT_CLOSED = 499  # counted where the client left before there was an answer
+CLIENT_CLOSED = 499  # counted and logged where the client left before there was an answer
 PROBES = frozenset({"/livez", "/readyz", "/startupz"})
 SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 

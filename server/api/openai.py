@@ -15,8 +15,9 @@ from server.api.auth import caller
 from server.api.context import ApiContext, context_of, promptly
 from server.api.events import EventStreamResponse
 from server.api.examples import IMAGE_EVENT, IMAGES, IMAGES_BODIES, MODEL
-from server.api.generate import CLIENT_CLOSED, cancel_quietly, submit, wait_for
+from server.api.generate import cancel_quietly, submit, wait_for
 from server.api.jobs import read_image
+from server.api.middleware import CLIENT_CLOSED
 from server.api.negotiation import read_idempotency, read_json
 from server.api.openai_schemas import (
     ImageData,
@@ -44,6 +45,7 @@ from server.errors import NotFound, UnknownModel
 from server.protocol import JobRecord
 
 TOO_LONG = "the picture was not done within {:g} s, the longest a caller may wait"
+STOPS = "the service stops; try again in a few seconds"
 
 router = APIRouter(prefix="/v1")
 
@@ -113,6 +115,8 @@ async def create_images(request: Request) -> Response:
     if not waited.finished:
         if abandon:
             await cancel_quietly(context, record.id)
+        if context.stopping.is_set():  # unlike a timeout, this passes: clients try again
+            return problem(request.scope, 503, "queue-unavailable", STOPS, job=record.id)
         return problem(request.scope, 504, "timeout", TOO_LONG.format(limit_s), job=record.id)
     if waited.status != "succeeded":
         return job_problem(request.scope, waited)

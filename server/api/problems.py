@@ -113,8 +113,10 @@ def request_id_of(scope: Scope) -> str | None:
 
 
 def retry_after(estimate_s: float | None) -> int:
-    """A jittered Retry-After in seconds, so that refused callers do not come back together."""
-    jittered = random.uniform(0.75, 1.25) * (estimate_s if estimate_s is not None else 3.0)
+    """A jittered Retry-After in seconds, so that refused callers do not come back together; never
+    sooner than estimated, for then they would be refused again.
+    """
+    jittered = random.uniform(1.0, 1.5) * (estimate_s if estimate_s is not None else 2.5)
     return min(max(math.ceil(jittered), 1), LONGEST_RETRY_S)
 
 

@@ -24,7 +24,7 @@ def test_without_a_valid_key_nothing_but_the_open_paths_answers(
                 "/livez",
                 "/startupz",
                 "/readyz",
-                "/ui/app.js",
+                "/ui/main.js",
                 "/openapi.json",
             ):
                 assert (await it.anonymous.get(path)).status_code == 200, path
@@ -201,6 +201,13 @@ def test_openai_paths_refuse_in_openais_words(redis_url: str, tmp_path: Path) ->
             ):  # fmt: skip
                 answer = await client.get("/v1/models")
                 assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+            _, spent = await it.member(daily_jobs=1)
+            for status in (200, 429):
+                answer = await spent.post("/v1/images/generations", json={"prompt": "x"})
+                assert answer.status_code == status
+            assert answer.json()["error"]["code"] == "insufficient_quota"
+            # Not before tomorrow: clients repeat a 429 unless they are told.
+            assert answer.headers["x-should-retry"] == "false"
             _, client = await it.member()
             body = {"prompt": "x", "response_format": "url"}
             url = (await client.post("/v1/images/generations", json=body)).json()["data"][0]["url"]

@@ -34,8 +34,9 @@ def test_requests_beyond_the_rate_are_refused_and_counted_by_key(
                 assert 50 <= int(told[2]) <= 60
             refused = await client.post("/generate", json=HANG)
             assert (refused.status_code, refused.json()["code"]) == (429, "rate-limited")
-            assert 30 <= int(refused.headers["retry-after"]) <= 76
-            assert refused.headers["ratelimit"].startswith('"requests";r=0;')
+            left = re.fullmatch(r'"requests";r=0;t=(\d+)', refused.headers["ratelimit"])
+            assert left
+            assert int(left[1]) <= int(refused.headers["retry-after"]) <= 91
             assert (await colleague.get("/presets")).status_code == 503
             for free in ("/usage", "/jobs/01hzzzzzzzzzzzzzzzzzzzzzzz"):
                 assert (await client.get(free)).status_code in (200, 404)

@@ -75,6 +75,20 @@ def test_what_passes_is_asked_again_with_the_same_key() -> None:
     assert json.loads(request.content) == {"prompt": "x", "width": 64}
 
 
+@pytest.mark.parametrize("api_key", ["two words", "line\nbreak", "sch\u00f6n", "\x00"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(api_key: str) -> None:
+    with pytest.raises(ValueError, match="api_key must be") as caught:
+        Client(URL, api_key=api_key)
+    assert api_key not in str(caught.value)
+
+
+def test_blanks_around_a_key_are_not_part_of_it() -> None:
+    script = Script(httpx.Response(200, json=JOB))
+    with client_of(script, api_key=" lumina_x\n") as client:  # as a file has it
+        client.job("j1")
+    assert script.requests[0].headers["authorization"] == "Bearer lumina_x"
+
+
 def test_two_submissions_have_two_keys() -> None:
     script = Script(*(httpx.Response(202, json=JOB) for _ in range(3)))
     with client_of(script) as client:
