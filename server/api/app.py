@@ -85,7 +85,7 @@ def create_app(
     for router in ROUTERS:
         app.include_router(router)
     if metrics.shared_folder():  # of `lumina serve`, whose processes have one `/metrics`
-        app.include_router(internal.router)
+        app.include_router(internal.exposition)
     add_pages(app)
     return app
 

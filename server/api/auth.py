@@ -19,10 +19,11 @@ from server.queue.jobs import TenantLimits
 
 OPEN_PATHS = frozenset({"/", "/docs", "/livez", "/readyz", "/startupz"})
 ADMIN_PREFIX = "/admin"
+ANY_SCOPE = frozenset({"/metrics", "/usage"})
 
 _IMAGE = re.compile(r"/jobs/[^/]+/images/[^/]+")
 # Asking how things stand is free: a client that polls would have no requests left to submit.
-_UNCOUNTED = re.compile(r"/jobs(/.*)?|/state|/usage")
+_UNCOUNTED = re.compile(r"/jobs(/.*)?|/metrics|/state|/usage")
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ async def _standing(context: ApiContext, key: ApiKey) -> dict[str, str]:
 def _check_scope(request: Request, who: Caller) -> None:
     path = _path(request)
     needed: Scope = "admin" if path.startswith(ADMIN_PREFIX) else "generate"
-    if path in OPEN_PATHS or path == "/usage" or needed in who.scopes:
+    if path in OPEN_PATHS or path in ANY_SCOPE or needed in who.scopes:
         return
     if who.key is None:
         raise MissingScope(

@@ -14,12 +14,14 @@ from starlette.responses import Response
 from server import metrics
 from server.api import health
 from server.api.context import ApiContext, context_of, promptly
+from server.api.openapi import QUEUE, answer, problems
 from server.api.problems import HANDLERS
 from server.errors import InvalidRequest, QueueUnavailable
 from server.protocol import DEFAULT_POOL, is_name
 
 log = structlog.get_logger(__name__)
 router = APIRouter()
+exposition = APIRouter()  # of `lumina serve` on its main port, too
 
 
 class Scale(BaseModel):
@@ -33,7 +35,13 @@ class Scale(BaseModel):
     workers: int
 
 
-@router.get("/metrics", summary="Prometheus metrics")
+@exposition.get(
+    "/metrics",
+    response_class=Response,
+    responses=problems(*QUEUE)
+    | {200: answer("Text for Prometheus", "lumina_webhook_outbox 0.0\n", "text/plain")},
+    summary="Prometheus metrics",
+)
 async def metrics_page(request: Request) -> Response:
     """Every series of `docs/operations.md`; those of the queue are looked up now."""
     with contextlib.suppress(
@@ -93,6 +101,7 @@ def create_internal_app(context: ApiContext) -> FastAPI:
     )
     app.state.context = context
     app.include_router(router)
+    app.include_router(exposition)
     app.include_router(health.probes)
     return app
 

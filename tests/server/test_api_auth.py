@@ -5,7 +5,11 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+
+from server import metrics
 from server.protocol import new_job_id
+from server.queue.api_keys import SCOPES
 from tests.server.fake_worker import service
 from tests.server.keyed import keyed
 
@@ -57,6 +61,33 @@ def test_every_route_needs_a_key_unless_it_is_known_to_be_open(
                     assert answer.status_code == 401, (method, path)
                     tried += 1
             assert tried >= 5
+
+    asyncio.run(scenario())
+
+
+def test_metrics_of_one_service_need_any_key_and_cost_none_of_its_requests(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lumina serve` has them on its main port; an autoscaler's answers stay on internal ones."""
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    monkeypatch.setenv(metrics.FOLDER_VARIABLE, str(folder))
+
+    async def scenario() -> None:
+        async with keyed(redis_url, tmp_path, worker=False) as it:
+            assert (await it.anonymous.get("/metrics")).status_code == 401
+            for scope in SCOPES:
+                _, client = await it.member(scopes=(scope,), rate=1)
+                for _ in range(3):
+                    answer = await client.get("/metrics")
+                    assert answer.status_code == 200, scope
+                    assert answer.headers["content-type"].startswith("text/plain")
+                assert (await client.get("/usage")).json()["requests"]["used"] == 0
+            assert (await client.get("/internal/scale")).status_code == 404
+            described = (await it.anonymous.get("/openapi.json")).json()["paths"]["/metrics"]
+            answers = described["get"]["responses"]
+            assert {"200", "401", "429", "500", "503"} <= answers.keys()
+            assert list(answers["200"]["content"]) == ["text/plain"]
 
     asyncio.run(scenario())
 
