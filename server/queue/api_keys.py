@@ -99,13 +99,17 @@ class KeyRing:
         daily_jobs: int | None = None,
         weight: int = 1,
         webhook_secret: str = "",
+        text: str = "",
     ) -> tuple[ApiKey, str]:
         """Make a key (see ApiKey); returns it and its text, which nobody can find out again.
 
-        Without `tenant` it gets one of its own. Raises InvalidRequest (a ValueError) for values
+        Without `tenant` it gets one of its own, without `text` one that is drawn. The key of a
+        `text` that exists already is made anew. Raises InvalidRequest (a ValueError) for values
         that are not allowed.
         """
-        text = KEY_PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
+        text = text or KEY_PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
+        if not _KEY.fullmatch(text):  # the text itself must not reach a log
+            raise InvalidRequest(f"an API key must be {KEY_PREFIX} and 256 bits in URL-safe base64")
         sha256 = _sha256(text)
         seconds, _ = await self._line.ask(self._line.redis.time())
         key = ApiKey(

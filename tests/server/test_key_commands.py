@@ -112,3 +112,22 @@ def test_callers_without_a_key_have_one_webhook_secret(lumina, redis_url):
     first, second = (lumina("webhook-secret", "--redis-url", redis_url)[1] for _ in "ab")
     assert first == second
     assert first.startswith("whsec_")
+
+
+def test_a_key_may_be_given_by_the_environment_as_often_as_one_likes(
+    lumina, redis_url, monkeypatch
+):
+    text = "lumina_" + "a" * 43
+    here = ("create", "--from-env", "FIRST", "--redis-url", redis_url)
+    code, _, err = lumina(*here)
+    assert (code, "FIRST is not set" in err) == (2, True)
+    monkeypatch.setenv("FIRST", "a short one")
+    code, _, err = lumina(*here)
+    assert (code, "256 bits" in err, "a short one" in err) == (2, True, False)
+    monkeypatch.setenv("FIRST", text)
+    for scope in ("generate", "admin"):
+        code, out, err = lumina(*here, "--scope", scope)
+        assert (code, out) == (0, "")
+        assert text not in err
+        assert found(redis_url, text).scopes == (scope,)
+    assert len(lumina("list", "--redis-url", redis_url)[1].splitlines()) == 1
