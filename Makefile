@@ -62,9 +62,10 @@ fmt: $(STAMP) ## format, and fix what ruff can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## a packed forward and a crowd of requests against diffusers; the counters
+bench: $(STAMP) ## a packed forward and a crowd of requests against diffusers; the counters; what API and queue add
 	$(BIN)/python -m benchmarks.counters
 	$(BIN)/python -m benchmarks.bench_vs_diffusers $(ARGS)
+	$(BIN)/python -m benchmarks.bench_api
 
 bench-gpu-model: $(STAMP) ## the 2.6B network against diffusers on one GPU (ARGS=--smoke: walk through on a CPU)
 	$(BIN)/python -m benchmarks.bench_gpu_model $(ARGS)
