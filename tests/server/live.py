@@ -44,9 +44,12 @@ async def listening(app: FastAPI) -> AsyncIterator[int]:
 async def live_service(
     redis_url: str, folder: Path, *, worker: bool = True, keys: bool = False, **changes: object
 ) -> AsyncIterator[Service]:
-    """A service on a port, with a fake worker; `changes` go to the settings."""
+    """A service on a port, with a fake worker; `changes` go to the settings.
+
+    As on a loopback address, whoever calls may administer, unless there are `keys`.
+    """
     settings: Settings = service_settings(redis_url, folder, **changes)
-    app = create_app(settings, keys_required=keys)
+    app = create_app(settings, keys_required=keys, loopback_only=not keys)
     async with (
         listening(app) as port,
         httpx.AsyncClient(
