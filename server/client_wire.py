@@ -41,7 +41,9 @@ LAST_WORD_S = 5.0
 LONGEST_RETRY_S = 60.0  # what the server asks to wait longer for is the caller's to decide
 
 _RETRIED = frozenset({429, 502, 503, 504})
-_HOPELESS = frozenset({"deadline-too-short", "data-lost"})  # a 503 that another try does not cure
+_ENDED = frozenset({"job-failed", "job-canceled", "job-expired"})  # of a job known by its key
+# A 503 or 504 that another try does not cure.
+_HOPELESS = _ENDED | {"deadline-too-short", "data-lost"}
 _KEY = re.compile(r"[!-~]*")
 _LINE_END = re.compile(r"\r\n|\n|\r")
 
@@ -133,13 +135,21 @@ class Wire:
     def submit(
         self, prompt: str, fields: Mapping[str, Any], idempotency_key: str | None
     ) -> Flow[Job]:
-        """Queue a job. Its key makes it safe to send again after a lost answer."""
+        """Queue a job. Its key makes it safe to send again after a lost answer.
+
+        A key that was used before gives its job, which may have ended in whatever way.
+        """
         body = {"prompt": prompt} | {k: v for k, v in fields.items() if v is not None}
         headers = {
             "Prefer": "respond-async",
             "Idempotency-Key": idempotency_key or str(uuid.uuid4()),
         }
-        return (yield from self._job("POST", "/generate", json=body, headers=headers))
+        try:
+            return (yield from self._job("POST", "/generate", json=body, headers=headers))
+        except ApiError as error:
+            if error.code not in _ENDED or error.job_id is None:
+                raise
+            return (yield from self.job(error.job_id))
 
     def job(self, job_id: str) -> Flow[Job]:
         """What became of a job."""

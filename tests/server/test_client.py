@@ -352,3 +352,23 @@ def test_damaged_pictures_and_foreign_addresses_are_refused(redis_url: str, tmp_
 def test_errors_form_a_tree() -> None:
     assert issubclass(InvalidInput, ApiError)
     assert issubclass(JobCanceled, JobFailed)
+
+
+def test_a_job_that_failed_fails_again_under_its_key(redis_url: str, tmp_path: Path) -> None:
+    """The server answers a repeated submission with the job's end: that is no server's trouble."""
+
+    async def scenario(it: Service, client: AsyncClient) -> None:
+        ids = set()
+        for _ in range(2):
+            with pytest.raises(JobFailed, match="It broke") as caught:
+                await client.generate("fail", idempotency_key="one")
+            ids.add(caught.value.job.id)
+        assert len(ids) == 1
+        hanging = await client.submit("hang", idempotency_key="two")
+        await client.cancel(hanging.id)
+        await client.wait(hanging.id, timeout_s=30)
+        assert (await client.submit("hang", idempotency_key="two")).status == "canceled"
+        with pytest.raises(JobCanceled):
+            await client.generate("hang", idempotency_key="two")
+
+    run(redis_url, tmp_path, scenario)
