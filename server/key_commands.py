@@ -115,10 +115,12 @@ def create_key(
 ) -> int:
     """Make a key and print it, this once. What else there is to know goes to stderr."""
 
-    async def act(queue: "JobQueue") -> "tuple[ApiKey, str]":
+    async def act(queue: "JobQueue") -> "tuple[ApiKey, str, ApiKey | None]":
         from server.queue.api_keys import KeyRing
 
-        return await KeyRing(queue).create(
+        ring = KeyRing(queue)
+        before = await ring.find(given)
+        made = await ring.create(
             tenant=tenant,
             name=name,
             scopes=tuple(scope or ("generate",)),  # type: ignore[arg-type]
@@ -129,12 +131,13 @@ def create_key(
             webhook_secret=webhook_secret,
             text=given,
         )
+        return (*made, before)
 
     given = os.environ.get(from_env, "").strip() if from_env else ""
     if from_env and not given:
         raise typer.BadParameter(f"--from-env: {from_env} is not set")
     try:
-        key, text = _on_queue(redis_url, data_dir, act)
+        key, text, before = _on_queue(redis_url, data_dir, act)
     except InvalidRequest as error:
         raise typer.BadParameter(error.detail) from None
     if as_json:
@@ -143,8 +146,9 @@ def create_key(
     if not given:
         print(text)
     print(_line(key), file=sys.stderr)
-    print(f"webhook secret  {key.webhook_secret}", file=sys.stderr)
-    print("Neither is shown again.", file=sys.stderr)
+    if before is None or before.webhook_secret != key.webhook_secret:
+        print(f"webhook secret  {key.webhook_secret}", file=sys.stderr)
+        print("It is not shown again." if given else "Neither is shown again.", file=sys.stderr)
     return 0
 
 

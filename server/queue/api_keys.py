@@ -104,13 +104,16 @@ class KeyRing:
         """Make a key (see ApiKey); returns it and its text, which nobody can find out again.
 
         Without `tenant` it gets one of its own, without `text` one that is drawn. The key of a
-        `text` that exists already is made anew. Raises InvalidRequest (a ValueError) for values
+        `text` that exists already is made anew, with the webhook secret it had unless another is
+        given: its receivers verify with that. Raises InvalidRequest (a ValueError) for values
         that are not allowed.
         """
         text = text or KEY_PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
         if not _KEY.fullmatch(text):  # the text itself must not reach a log
             raise InvalidRequest(f"an API key must be {KEY_PREFIX} and 256 bits in URL-safe base64")
         sha256 = _sha256(text)
+        known = await self.get(sha256)
+        webhook_secret = webhook_secret or (known.webhook_secret if known else "")
         seconds, _ = await self._line.ask(self._line.redis.time())
         key = ApiKey(
             sha256=sha256,

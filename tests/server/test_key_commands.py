@@ -125,9 +125,14 @@ def test_a_key_may_be_given_by_the_environment_as_often_as_one_likes(
     code, _, err = lumina(*here)
     assert (code, "256 bits" in err, "a short one" in err) == (2, True, False)
     monkeypatch.setenv("FIRST", text)
+    secrets = set()
     for scope in ("generate", "admin"):
         code, out, err = lumina(*here, "--scope", scope)
         assert (code, out) == (0, "")
         assert text not in err
         assert found(redis_url, text).scopes == (scope,)
+        # What receivers verify with stays as it was, and is shown only once.
+        secrets.add(found(redis_url, text).webhook_secret)
+        assert (secrets.copy().pop() in err) == (scope == "generate")
+    assert len(secrets) == 1
     assert len(lumina("list", "--redis-url", redis_url)[1].splitlines()) == 1
