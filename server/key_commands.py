@@ -143,13 +143,18 @@ def create_key(
     if as_json:
         print(json.dumps({"key": text, "id": key.id} | dataclasses.asdict(key)))
         return 0
-    if not given:
+    _tell(key, before, "" if given else text)
+    return 0
+
+
+def _tell(key: "ApiKey", before: "ApiKey | None", text: str) -> None:
+    """Print a new key's text, if it was drawn; to stderr what else there is to know, once."""
+    if text:
         print(text)
     print(_line(key), file=sys.stderr)
     if before is None or before.webhook_secret != key.webhook_secret:
         print(f"webhook secret  {key.webhook_secret}", file=sys.stderr)
-        print("It is not shown again." if given else "Neither is shown again.", file=sys.stderr)
-    return 0
+        print("Neither is shown again." if text else "It is not shown again.", file=sys.stderr)
 
 
 @keys_app.command("list")

@@ -388,30 +388,6 @@ def test_a_key_replays_a_stream(redis_url: str, tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_service_that_stops_lets_waiting_clients_come_back(
-    redis_url: str, tmp_path: Path
-) -> None:
-    """A rolling update must not look like a picture that takes too long: clients try again."""
-
-    async def scenario() -> None:
-        async with service(redis_url, tmp_path) as it:
-            asked = it.client.post("/v1/images/generations", json={"prompt": "hang"})
-            waiting = asyncio.create_task(asked)
-            while not await it.queue.redis.zcard("{lumina}:lease"):
-                await asyncio.sleep(0.01)
-            it.app.state.context.stopping.set()
-            answer = await asyncio.wait_for(waiting, 10)
-            assert answer.status_code == 503
-            error = answer.json()["error"]
-            assert (error["code"], "stops" in error["message"]) == ("queue_unavailable", True)
-            assert "retry-after" in answer.headers
-            assert "x-should-retry" not in answer.headers
-            (job,) = (await it.client.get("/jobs")).json()["jobs"]
-            await it.until(job["id"], "canceled")
-
-    asyncio.run(scenario())
-
-
 def test_a_service_that_stops_ends_a_stream_with_an_error(redis_url: str, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with clients(redis_url, tmp_path) as (it, client):

@@ -161,3 +161,27 @@ def test_a_202_says_where_to_go_and_the_job_goes_on(redis_url: str, tmp_path: Pa
                 await it.client.delete(answer.headers["location"])
 
     asyncio.run(scenario())
+
+
+def test_a_service_that_stops_lets_waiting_openai_clients_come_back(
+    redis_url: str, tmp_path: Path
+) -> None:
+    """A rolling update must not look like a picture that takes too long: clients try again."""
+
+    async def scenario() -> None:
+        async with service(redis_url, tmp_path) as it:
+            asked = it.client.post("/v1/images/generations", json={"prompt": "hang"})
+            waiting = asyncio.create_task(asked)
+            while not await it.queue.redis.zcard("{lumina}:lease"):
+                await asyncio.sleep(0.01)
+            it.app.state.context.stopping.set()
+            answer = await asyncio.wait_for(waiting, 10)
+            assert answer.status_code == 503
+            error = answer.json()["error"]
+            assert (error["code"], "stops" in error["message"]) == ("queue_unavailable", True)
+            assert "retry-after" in answer.headers
+            assert "x-should-retry" not in answer.headers
+            (job,) = (await it.client.get("/jobs")).json()["jobs"]
+            await it.until(job["id"], "canceled")
+
+    asyncio.run(scenario())

@@ -1,8 +1,9 @@
-"""The Python client and `lumina generate --url` where the service asks for API keys."""
+"""Our Python client, OpenAI's and `lumina generate --url` where a service asks for API keys."""
 
 import asyncio
 from pathlib import Path
 
+import openai
 import pytest
 
 from server import cli
@@ -92,5 +93,24 @@ def test_a_synchronous_client_has_its_key_too(redis_url: str, tmp_path: Path) ->
                     return [event.type for event in client.watch(job.id)]
 
             assert (await asyncio.to_thread(call))[-1] == "succeeded"
+
+    asyncio.run(scenario())
+
+
+def test_the_openai_client_has_its_key_too(redis_url: str, tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with live_service(redis_url, tmp_path, keys=True) as it:
+            _, text = await KeyRing(it.queue).create()
+            url = f"{it.client.base_url}/v1"
+            async with openai.AsyncOpenAI(base_url=url, api_key=text) as client:
+                stream = await client.images.generate(prompt="x", stream=True, partial_images=1)
+                assert [event.type.split(".")[1] async for event in stream] == [
+                    "partial_image", "completed"
+                ]  # fmt: skip
+                assert [model.id async for model in client.models.list()] == ["demo"]
+            async with openai.AsyncOpenAI(base_url=url, api_key="lumina_wrong") as client:
+                with pytest.raises(openai.AuthenticationError) as caught:
+                    await client.images.generate(prompt="x")
+                assert caught.value.code == "invalid_api_key"
 
     asyncio.run(scenario())
