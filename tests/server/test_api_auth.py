@@ -24,7 +24,7 @@ def test_without_a_valid_key_nothing_but_the_open_paths_answers(
                 "/livez",
                 "/startupz",
                 "/readyz",
-                "/ui/app.js",
+                "/ui/main.js",
                 "/openapi.json",
             ):
                 assert (await it.anonymous.get(path)).status_code == 200, path
