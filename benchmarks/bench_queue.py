@@ -44,7 +44,7 @@ def submission(tenant: int, pool: str = POOL) -> list[str | int]:
     """Arguments of one submit script: no limits, no deadline, no key."""
     limits = (10**9, 10**9, 0, 15_000)
     job = [new_job_id(), SPEC, f"t{tenant % 20}", pool, "normal", 1000]
-    return [*job, *limits, "", "", 3_600_000, 0, "", 0]
+    return [*job, *limits, "", "", 3_600_000, 0, "", 0, "", 1]
 
 
 async def fill(queue: JobQueue, jobs: int, pool: str = POOL) -> None:

@@ -72,43 +72,48 @@ def _line(key: "ApiKey") -> str:
     return "  ".join(word for word in words if word)
 
 
+Scopes = Annotated[
+    list[str] | None,
+    typer.Option("--scope", help="generate or admin; twice for both.", show_default="generate"),
+]
+PerMinute = Annotated[
+    int | None, typer.Option(min=1, help="Requests a minute.", show_default="no limit")
+]
+OpenJobs = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Jobs of the tenant that have not ended.", show_default="LUMINA_TENANT_LIMIT"
+    ),
+]
+DailyJobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Jobs of the tenant on a UTC day.", show_default="no limit"),
+]
+GivenBy = Annotated[
+    str,
+    typer.Option(
+        metavar="VARIABLE",
+        help="Take the key from this environment variable; made anew if it exists.",
+        show_default="drawn",
+    ),
+]
+
+
 @keys_app.command("create")
 def create_key(
     name: Annotated[str, typer.Option(help="A note for you.", show_default=False)] = "",
     tenant: Annotated[
         str, typer.Option(help="Whose jobs it submits and sees.", show_default="one of its own")
     ] = "",
-    scope: Annotated[
-        list[str] | None,
-        typer.Option(help="generate or admin; twice for both.", show_default="generate"),
-    ] = None,
-    rate: Annotated[
-        int | None, typer.Option(min=1, help="Requests a minute.", show_default="no limit")
-    ] = None,
-    concurrency: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Jobs of the tenant that have not ended.",
-            show_default="LUMINA_TENANT_LIMIT",
-        ),
-    ] = None,
-    daily: Annotated[
-        int | None,
-        typer.Option(min=1, help="Jobs of the tenant on a UTC day.", show_default="no limit"),
-    ] = None,
+    scope: Scopes = None,
+    rate: PerMinute = None,
+    concurrency: OpenJobs = None,
+    daily: DailyJobs = None,
     weight: Annotated[int, typer.Option(min=1, help="Share beside tenants of weight 1.")] = 1,
     webhook_secret: Annotated[
         str, typer.Option(help="Signs webhooks: whsec_ and base64.", show_default="drawn")
     ] = "",
-    from_env: Annotated[
-        str,
-        typer.Option(
-            metavar="VARIABLE",
-            help="Take the key from this environment variable; made anew if it exists.",
-            show_default="drawn",
-        ),
-    ] = "",
+    from_env: GivenBy = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
     redis_url: RedisUrl = None,
     data_dir: DataDir = None,

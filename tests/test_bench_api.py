@@ -39,7 +39,7 @@ def test_requests_are_due_at_random_moments_of_the_rate_asked_for():
     assert spread == pytest.approx(mean, rel=0.2)  # as of an exponential distribution
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 def test_it_measures_a_service(tmp_path):
     with service(tmp_path) as (url, pids):
         samples, cpu = asyncio.run(measure(url, pids, rate=5.0, duration_s=1.5))

@@ -98,7 +98,7 @@ def _internal_listener(settings: Settings) -> socket.socket | None:
     except ServiceError as error:
         if settings.chose_internal_port:
             raise
-        log.warning("no probes and metrics of their own", reason=error.detail)
+        log.info("no probes and metrics of their own", reason=error.detail)
         return None
     log.info("probes listening", host=settings.internal_host, port=settings.internal_port)
     return listener

@@ -42,7 +42,7 @@ def open_probes(settings: Settings, probes: Probes) -> ThreadingHTTPServer | Non
         reason = error.strerror or str(error)
         if settings.chose_internal_port:
             raise ServiceError(f"cannot listen on {where}: {reason}") from None
-        log.warning("no probes and metrics", port=settings.internal_port, reason=reason)
+        log.info("no probes and metrics", port=settings.internal_port, reason=reason)
         return None
 
 

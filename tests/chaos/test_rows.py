@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
         (edge_rows.blob_store_failing, 2),
         (worker_rows.cancel_racing_completion, 40),
         (worker_rows.canceled_jobs_free_the_device, 2),
-        (load_rows.overload_by_a_noisy_tenant, 12),
+        (load_rows.overload_by_a_noisy_tenant, 7),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

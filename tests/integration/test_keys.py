@@ -20,8 +20,10 @@ class PublicApi(Api):
         self.process = subprocess.Popen(
             argv, cwd=ROOT, env=dict(os.environ), stderr=subprocess.PIPE, text=True
         )
-        line = self.process.stderr.readline()
-        assert "api listening" in line, line
+        lines = iter(self.process.stderr.readline, "")
+        line = next((line for line in lines if "api listening" in line), "")
+        if not line:
+            raise AssertionError(f"the API ended with {self.process.wait(30)}")
         self.port = int(line.split('"port": ')[1].split(",")[0].rstrip("}\n"))
 
     def stop(self):

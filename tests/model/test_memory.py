@@ -16,6 +16,9 @@ from model.config import NextDiTConfig
 from model.dialects import weight_shapes
 from model.weight_writer import Outgoing, write_shards
 
+# One of the two in `make test`; they are slow.
+DTYPES = [pytest.param("float32", 1.0, marks=pytest.mark.very_slow), ("bfloat16", 0.5)]
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the peak can be reset on Linux only"),
@@ -71,7 +74,7 @@ def transformer(tmp_path_factory):
     return folder, size
 
 
-@pytest.mark.parametrize(("dtype", "share"), [("float32", 1.0), ("bfloat16", 0.5)])
+@pytest.mark.parametrize(("dtype", "share"), DTYPES)
 def test_a_transformer(transformer, dtype, share):
     folder, size = transformer
     grown = growth(
@@ -82,7 +85,7 @@ def test_a_transformer(transformer, dtype, share):
     assert share * size * 0.9 < grown <= ALLOWED * share * size + SLACK_MB
 
 
-@pytest.mark.parametrize(("dtype", "share"), [("float32", 1.0), ("bfloat16", 0.5)])
+@pytest.mark.parametrize(("dtype", "share"), DTYPES)
 def test_a_merged_lora(transformer, tmp_path, dtype, share):
     folder, size = transformer
     layers = [f"layers.{i}.{name}" for i in range(6) for name in ("attn.to_q", "attn.to_k")]
@@ -123,7 +126,7 @@ def text_encoder(tmp_path_factory):
     return folder, sum(torch.Size(shape).numel() for shape in kept) * 4 / 2**20
 
 
-@pytest.mark.parametrize(("dtype", "share"), [("float32", 1.0), ("bfloat16", 0.5)])
+@pytest.mark.parametrize(("dtype", "share"), DTYPES)
 def test_a_text_encoder(text_encoder, dtype, share):
     folder, size = text_encoder
     load = f"gemma = load_gemma(Path({str(folder)!r}), dtype=torch.{dtype})"

@@ -11,14 +11,10 @@ import signal
 import ssl
 import sys
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from server.api.image_links import ImageLinks
@@ -30,6 +26,7 @@ from server.queue.api_keys import KeyRing, anonymous_webhook_secret, new_webhook
 from server.queue.connection import connect
 from server.queue.jobs import JobQueue
 from tests.fakes import FakeClock
+from tests.server.certificates import certificate
 from tests.server.fake_worker import service
 from tests.server.keyed import keyed
 from tests.server.queue.helpers import RESULT, claim_one, spec
@@ -250,32 +247,6 @@ def test_a_name_that_answers_differently_later_reaches_nothing(redis_url: str) -
             assert receiver.heard[0].headers["host"] == f"hooks.test:{receiver.port}"
 
     asyncio.run(scenario())
-
-
-def certificate(name: str, folder: Path) -> Path:
-    """A self-signed certificate for `name` with its key, as PEM."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    now = datetime.now(UTC)
-    signed = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - timedelta(hours=1))
-        .not_valid_after(now + timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    pem = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    file = folder / f"{name}.pem"
-    file.write_bytes(pem + signed.public_bytes(serialization.Encoding.PEM))
-    return file
 
 
 def test_tls_names_the_host_and_believes_no_other(redis_url: str, tmp_path: Path) -> None:

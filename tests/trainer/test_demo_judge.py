@@ -39,7 +39,7 @@ def test_real_renders_are_right(width, height):
     assert _share_right(_scenes(200), width, height) >= 0.99
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.parametrize(("size", "number"), [(64, 1000), (96, 500), (128, 500), (256, 100)])
 def test_many_real_renders_are_right(size, number):
     assert _share_right(_scenes(number, seed=1), size, size) >= 0.99

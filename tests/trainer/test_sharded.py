@@ -59,6 +59,7 @@ def test_two_shards_follow_one_process(tmp_path, alone):
     assert len(shards) == 2, "each process writes its own"
 
 
+@pytest.mark.very_slow
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, alone):
     train(World(), tmp_path, until=3)
     run_two(partial(two_processes, until=6), tmp_path)

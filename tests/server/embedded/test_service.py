@@ -171,7 +171,7 @@ def test_a_killed_parent_takes_its_children_and_a_restart_finds_the_job(serve):
     assert again.process.wait(15) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.timeout(400)  # several starts with torch, which on a busy machine take a minute each
 def test_a_damaged_checkpoint_ends_the_service_in_one_line(serve, tmp_path, checkpoint):
     broken = tmp_path / "broken"
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_ends_the_service_in_one_line(serve, tmp_path, chec
     assert not any("Traceback" in line for line in service.errors)
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.timeout(400)
 def test_a_model_that_cannot_run_ends_the_service(serve, tmp_path, checkpoint):
     """Not a fault of the files but of this machine: the first caption asks for terabytes."""

@@ -77,7 +77,7 @@ print(cache_dir())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.very_slow
 @pytest.mark.usefixtures("no_cache_variables")
 def test_a_process_of_its_own_keeps_what_it_compiles_in_that_directory(folder, tmp_path):
     kept = tmp_path / "compiled"
