@@ -29,7 +29,7 @@ def draw_remotely(
         ValueError: `url` is no address of a server, or `api_key` no key.
     """
     try:
-        from server.client import Client, InvalidInput, LuminaError
+        from server.client import Client, InvalidInput, LuminaError, NotAllowed
     except ImportError:
         raise ServiceError(MISSING) from None
     try:
@@ -39,6 +39,9 @@ def draw_remotely(
             data = client.fetch(job.images[0])
     except InvalidInput as error:
         raise RefusedInput(error.detail) from None
+    except NotAllowed as error:
+        hint = "" if api_key else " (--api-key, or LUMINA_API_KEY)"
+        raise ServiceError(f"{url}: {error}{hint}") from None
     except LuminaError as error:
         raise ServiceError(f"{url}: {error}") from None
     return data, job
