@@ -26,8 +26,8 @@ _PARAMS = {
     "quality": "output_compression",
 }
 
-# The same request would fail again: its clients repeat any 409 and 5xx unless they are told.
-_HOPELESS = frozenset({"job-failed", "job-canceled", "job-expired", "timeout"})
+# The same request would fail again: its clients repeat any 409, 429 and 5xx unless they are told.
+_HOPELESS = frozenset({"job-failed", "job-canceled", "job-expired", "timeout", "quota-exceeded"})
 
 
 class ErrorDetail(BaseModel):

@@ -73,7 +73,17 @@ STATUSES: dict[str, int] = {error.code: error.status for error in _tree(ServerEr
 }
 
 LONGEST_RETRY_S = 120
+_ON_THE_CLOCK = frozenset({"rate-limited", "quota-exceeded"})
 QUEUE_AWAY = "the job queue does not answer; try again in a few seconds"
+
+# What a query parameter must be, by pydantic's name of what is wrong.
+_RULES = {
+    "int_parsing": " must be a whole number",
+    "greater_than_equal": " must be at least {ge}",
+    "less_than_equal": " must be at most {le}",
+    "literal_error": " must be {expected}",
+    "string_pattern_mismatch": " must be one of an earlier answer",
+}
 
 _HTTP_CODES = {404: "not-found", 405: "method-not-allowed"}
 
@@ -112,8 +122,13 @@ def request_id_of(scope: Scope) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def retry_after(estimate_s: float | None) -> int:
-    """A jittered Retry-After in seconds, so that refused callers do not come back together."""
+def retry_after(code: str, estimate_s: float | None) -> int:
+    """A jittered Retry-After in seconds, so that refused callers do not come back together.
+
+    Where a clock decides, not an estimate, it is never too early.
+    """
+    if code in _ON_THE_CLOCK and estimate_s is not None:
+        return math.ceil(random.uniform(1.0, 1.25) * estimate_s)
     jittered = random.uniform(0.75, 1.25) * (estimate_s if estimate_s is not None else 3.0)
     return min(max(math.ceil(jittered), 1), LONGEST_RETRY_S)
 
@@ -135,7 +150,7 @@ def problem(
     """
     headers = dict(headers or {})
     if status in (429, 503):
-        headers.setdefault("Retry-After", str(retry_after(retry_s)))
+        headers.setdefault("Retry-After", str(retry_after(code, retry_s)))
     if status == 401:
         headers.setdefault("WWW-Authenticate", 'Bearer realm="lumina"')
     if is_openai(scope["path"]):
@@ -222,7 +237,8 @@ async def on_invalid_parameters(request: Request, error: Exception) -> JSONRespo
     fields = []
     for item in error.errors():
         name = str(item["loc"][-1])
-        sentence = f"{name}: {item['msg']}, got {shown(item.get('input'))}"
+        rule = _RULES.get(item["type"], ": {msg}").format(msg=item["msg"], **item.get("ctx", {}))
+        sentence = f"{name}{rule}, got {shown(item.get('input'))}"
         fields.append((name, sentence))
     return error_problem(request.scope, InvalidFields(fields))
 
