@@ -91,7 +91,7 @@ def _path(job_id: str) -> str:
 
 
 def http_options(base_url: str, api_key: str | None, timeout_s: float) -> dict[str, Any]:
-    """Arguments of an httpx client; raises ValueError for what is no address of a server."""
+    """Arguments of an httpx client; raises ValueError for what is no address or key."""
     try:
         url = httpx.URL(base_url)
     except httpx.InvalidURL as error:
@@ -99,6 +99,8 @@ def http_options(base_url: str, api_key: str | None, timeout_s: float) -> dict[s
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"url {base_url!r} must be like http://127.0.0.1:8000")
     headers = {"User-Agent": f"lumina-serve/{metadata.version('lumina-serve')}"}
+    if api_key and not re.fullmatch("[!-~]+", api_key):
+        raise ValueError("api_key must be printable ASCII without blanks")
     if api_key:
         headers["Authorization"] = f"Bearer {api_key}"
     # No proxy leads to this machine itself.

@@ -26,10 +26,10 @@ def draw_remotely(
     Raises:
         RefusedInput: the server refuses the request.
         ServiceError: anything else that keeps the picture from coming, in one sentence.
-        ValueError: `url` is no address of a server.
+        ValueError: `url` is no address of a server, or `api_key` no key.
     """
     try:
-        from server.client import Client, InvalidInput, LuminaError
+        from server.client import Client, InvalidInput, LuminaError, NotAllowed
     except ImportError:
         raise ServiceError(MISSING) from None
     try:
@@ -40,7 +40,9 @@ def draw_remotely(
     except InvalidInput as error:
         raise RefusedInput(error.detail) from None
     except LuminaError as error:
-        raise ServiceError(f"{url}: {error}") from None
+        unknown = isinstance(error, NotAllowed) and error.status == 401
+        hint = " (--api-key or LUMINA_API_KEY)" if unknown else ""
+        raise ServiceError(f"{url}: {error}{hint}") from None
     return data, job
 
 

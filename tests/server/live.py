@@ -42,11 +42,16 @@ async def listening(app: FastAPI) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def live_service(
-    redis_url: str, folder: Path, *, worker: bool = True, **changes: object
+    redis_url: str,
+    folder: Path,
+    *,
+    worker: bool = True,
+    keys_required: bool = False,
+    **changes: object,
 ) -> AsyncIterator[Service]:
     """A service on a port, with a fake worker; `changes` go to the settings."""
     settings: Settings = service_settings(redis_url, folder, **changes)
-    app = create_app(settings)
+    app = create_app(settings, keys_required=keys_required)
     async with (
         listening(app) as port,
         httpx.AsyncClient(
