@@ -183,4 +183,5 @@ def load_settings(**overrides: Any) -> Settings:
         name = ENV_PREFIX + str(first["loc"][0]).upper() if first["loc"] else "settings"
         secret = name == ENV_PREFIX + "WEBHOOK_SECRET"
         shown = "" if secret else f", got {first['input']!r}"
-        raise SettingsError(f"{name}: {first['msg']}{shown}") from None
+        sentence = first["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{name}: {sentence}{shown}") from None

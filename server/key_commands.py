@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from server.errors import InvalidRequest
+from server.misuse import MisuseError
 from server.operate import RedisUrl
 
 if TYPE_CHECKING:
@@ -31,17 +32,24 @@ DataDir = Annotated[
 
 
 def _on_queue(
-    redis_url: str | None, data_dir: Path | None, act: "Callable[[JobQueue], Awaitable[T]]"
+    redis_url: str | None,
+    data_dir: Path | None,
+    act: "Callable[[JobQueue], Awaitable[T]]",
+    *,
+    may_begin: bool = False,
 ) -> T:
+    """What `act` returns of the queue; `may_begin` makes a data directory that is not there yet."""
     from server.config import load_settings
     from server.queue.jobs import open_queue
 
     settings = load_settings(redis_url=redis_url, data_dir=data_dir)
     if redis_url and data_dir:
-        raise ValueError("give either --redis-url or --data-dir")
+        raise MisuseError("give either --redis-url or --data-dir")
     by_url = bool(redis_url) or (data_dir is None and "redis_url" in settings.model_fields_set)
     if not by_url and "data_dir" not in settings.model_fields_set:
-        raise ValueError("give --data-dir (of `lumina serve`) or --redis-url")
+        raise MisuseError("give --data-dir (of `lumina serve`) or --redis-url")
+    if not by_url and not may_begin and not settings.data_dir.is_dir():
+        raise MisuseError(f"--data-dir {settings.data_dir}: there is no such folder")
 
     async def main() -> T:
         queue = open_queue(settings)
@@ -142,7 +150,7 @@ def create_key(
     if from_env and not given:
         raise typer.BadParameter(f"--from-env: {from_env} is not set")
     try:
-        key, text, before = _on_queue(redis_url, data_dir, act)
+        key, text, before = _on_queue(redis_url, data_dir, act, may_begin=True)
     except InvalidRequest as error:
         raise typer.BadParameter(error.detail) from None
     if as_json:
@@ -204,5 +212,5 @@ def show_webhook_secret(redis_url: RedisUrl = None, data_dir: DataDir = None) ->
 
         return await anonymous_webhook_secret(queue)
 
-    print(_on_queue(redis_url, data_dir, act))
+    print(_on_queue(redis_url, data_dir, act, may_begin=True))
     return 0

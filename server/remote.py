@@ -39,11 +39,10 @@ def draw_remotely(
             data = client.fetch(job.images[0])
     except InvalidInput as error:
         raise RefusedInput(error.detail) from None
-    except NotAllowed as error:
-        hint = "" if api_key else " (--api-key, or LUMINA_API_KEY)"
-        raise ServiceError(f"{url}: {error}{hint}") from None
     except LuminaError as error:
-        raise ServiceError(f"{url}: {error}") from None
+        unknown = isinstance(error, NotAllowed) and error.status == 401
+        hint = " (--api-key or LUMINA_API_KEY)" if unknown else ""
+        raise ServiceError(f"{url}: {error}{hint}") from None
     return data, job
 
 

@@ -182,9 +182,12 @@ class JobList(BaseModel):
 async def list_jobs(
     request: Request,
     status: Annotated[JobStatus | None, Query(description="only jobs of this status")] = None,
-    limit: Annotated[int, Query(ge=1, le=MAX_PAGE, description="at most so many")] = PAGE,
+    limit: Annotated[
+        int, Query(ge=1, le=MAX_PAGE, description=f"at most so many, up to {MAX_PAGE}")
+    ] = PAGE,
     cursor: Annotated[
-        str | None, Query(pattern=r"^[0-9]{1,15}$", description="of the page before")
+        str | None,
+        Query(pattern=r"^[0-9]{1,15}$", description="from the `Link` of the page before"),
     ] = None,
 ) -> Response:
     """The caller's own jobs, the newest first. A header `Link: <...>; rel="next"` continues."""

@@ -75,6 +75,15 @@ STATUSES: dict[str, int] = {error.code: error.status for error in _tree(ServerEr
 LONGEST_RETRY_S = 120
 QUEUE_AWAY = "the job queue does not answer; try again in a few seconds"
 
+# What a query parameter must be, by pydantic's name of what is wrong.
+_RULES = {
+    "int_parsing": " must be a whole number",
+    "greater_than_equal": " must be at least {ge}",
+    "less_than_equal": " must be at most {le}",
+    "literal_error": " must be {expected}",
+    "string_pattern_mismatch": " must be one of an earlier answer",
+}
+
 _HTTP_CODES = {404: "not-found", 405: "method-not-allowed"}
 
 log = structlog.get_logger(__name__)
@@ -224,7 +233,8 @@ async def on_invalid_parameters(request: Request, error: Exception) -> JSONRespo
     fields = []
     for item in error.errors():
         name = str(item["loc"][-1])
-        sentence = f"{name}: {item['msg']}, got {shown(item.get('input'))}"
+        rule = _RULES.get(item["type"], ": {msg}").format(msg=item["msg"], **item.get("ctx", {}))
+        sentence = f"{name}{rule}, got {shown(item.get('input'))}"
         fields.append((name, sentence))
     return error_problem(request.scope, InvalidFields(fields))
 

@@ -184,8 +184,10 @@ def test_the_reference_page_shows_every_endpoint(
         page.goto(f"{base_url}/docs")
         page.wait_for_selector("section")
         shown = page.locator("section > h2").all_text_contents()
+        prose = page.locator("p, td, summary").all_text_contents()
         browser.close()
     assert sorted(shown) == sorted(
         f"{name.split(' ')[0].upper()} {name.split(' ')[1]}" for name, _ in operations(document)
     )
+    assert [text for text in prose if "`" in text] == []
     assert errors == foreign == []

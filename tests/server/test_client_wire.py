@@ -185,6 +185,13 @@ def test_what_is_no_address_is_refused(url: str) -> None:
         Client(url)
 
 
+@pytest.mark.parametrize("key", ["lumina_é", "two words", "two\nlines"])
+def test_what_is_no_api_key_is_refused_without_repeating_it(key: str) -> None:
+    with pytest.raises(ValueError, match="api_key must be printable ASCII") as caught:
+        Client(URL, api_key=key)
+    assert key not in str(caught.value)
+
+
 def test_a_prefix_is_kept() -> None:
     script = Script(httpx.Response(200, json=JOB))
     with Client(f"{URL}/lumina/", transport=httpx.MockTransport(script)) as client:

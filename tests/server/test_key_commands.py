@@ -101,11 +101,20 @@ def test_the_first_key_comes_before_the_service(lumina, tmp_path):
 
 
 def test_one_of_the_two_places_must_be_given(lumina, redis_url, monkeypatch, tmp_path):
-    assert "--data-dir" in lumina("list")[2]
+    code, _, err = lumina("list")
+    assert (code, "--data-dir" in err) == (2, True)
     code, _, err = lumina("list", "--redis-url", redis_url, "--data-dir", str(tmp_path))
-    assert (code, "either" in err) == (1, True)
+    assert (code, "either" in err) == (2, True)
     monkeypatch.setenv("LUMINA_REDIS_URL", redis_url)
     assert lumina("list")[0] == 0
+
+
+@pytest.mark.parametrize("command", [("list",), ("revoke", "3f9a1c20b7de")])
+def test_a_misspelt_data_directory_is_not_made(lumina, tmp_path, command):
+    absent = tmp_path / "dta"
+    code, out, err = lumina(*command, "--data-dir", str(absent))
+    assert (code, out, err) == (2, "", f"lumina: --data-dir {absent}: there is no such folder\n")
+    assert not absent.exists()
 
 
 def test_callers_without_a_key_have_one_webhook_secret(lumina, redis_url):

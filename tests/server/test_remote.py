@@ -106,6 +106,21 @@ def test_errors_are_one_line_and_misuse_is_2(
     assert not output.exists()
 
 
+def test_a_key_that_is_missing_or_wrong_is_one_line(
+    redis_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def main() -> None:
+        async with live_service(redis_url, tmp_path, keys=True) as it:
+            for code, more in ((1, []), (1, ["--api-key", "old"]), (2, ["--api-key", "é"])):
+                assert await lumina(it, ["x", "-o", str(tmp_path / "a.png"), *more]) == code
+                line = capsys.readouterr().err
+                assert line.startswith("lumina: ")
+                assert line.count("\n") == 1
+                assert ("(--api-key or LUMINA_API_KEY)" in line) == (code == 1)
+
+    asyncio.run(main())
+
+
 def test_without_the_extra_it_says_which(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,12 @@ function element(name, text = "", children = [], attributes = {}) {
   return made;
 }
 
+/** Text in which words between backticks are code. */
+function prose(name, text) {
+  const parts = text.split(/`([^`]+)`/);
+  return element(name, "", parts.map((part, index) => (index % 2 ? element("code", part) : part)));
+}
+
 function resolved(schema) {
   if (!schema || !schema.$ref) return schema || {};
   return schemas[schema.$ref.split("/").pop()] || {};
@@ -34,7 +40,7 @@ function table(rows) {
     element("tr", "", [
       element("th", "", [element("code", name)], { scope: "row" }),
       element("td", what, [], { class: "quiet" }),
-      element("td", description),
+      prose("td", description),
     ]));
   return element("table", "", [element("tbody", "", lines)]);
 }
@@ -86,7 +92,7 @@ function answers(operation) {
       element("p", [media, kind(content.schema)].filter(Boolean).join(": "), [], { class: "quiet" }),
       ...examples(content).map(([, value]) => shown(value)),
     ]);
-    return element("details", "", [element("summary", `${status} ${each.description}`), ...parts]);
+    return element("details", "", [prose("summary", `${status} ${each.description}`), ...parts]);
   })];
 }
 
@@ -97,7 +103,7 @@ function section(method, path, operation) {
   return element("section", "", [
     element("h2", name),
     element("p", operation.summary, [], { class: "quiet" }),
-    ...(operation.description || "").split("\n\n").map((text) => element("p", text)),
+    ...(operation.description || "").split("\n\n").map((text) => prose("p", text)),
     ...parameters(operation), ...body(path, operation), ...answers(operation),
   ], { id });
 }
