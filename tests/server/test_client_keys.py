@@ -69,7 +69,7 @@ def test_the_command_line_sends_a_key(
 
             assert await lumina() == 1
             line = capsys.readouterr().err
-            assert line.endswith(" (--api-key, or LUMINA_API_KEY)\n")
+            assert line.endswith(" (--api-key or LUMINA_API_KEY)\n")
             assert line.count("\n") == 1
             assert await lumina("--api-key", "a b") == 2
             assert "api_key must be" in capsys.readouterr().err
