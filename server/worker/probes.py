@@ -42,7 +42,7 @@ def open_probes(settings: Settings, probes: Probes) -> ThreadingHTTPServer | Non
         reason = error.strerror or str(error)
         if settings.chose_internal_port:
             raise ServiceError(f"cannot listen on {where}: {reason}") from None
-        log.info("no probes and metrics", port=settings.internal_port, reason=reason)
+        log.debug("no probes and metrics", port=settings.internal_port, reason=reason)
         return None
 
 
@@ -82,5 +82,5 @@ def serve_probes(probes: Probes, host: str, port: int) -> ThreadingHTTPServer:
     server = ThreadingHTTPServer((host, port), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, name="probes", daemon=True).start()
-    log.info("probes listening", host=host, port=server.server_address[1])
+    log.debug("probes listening", host=host, port=server.server_address[1])
     return server

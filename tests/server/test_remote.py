@@ -137,7 +137,9 @@ def test_a_ctrl_c_cancels_the_job(redis_url: str, tmp_path: Path) -> None:
         argv += [str(it.client.base_url), "-o", str(tmp_path / "a.png")]
         process = await asyncio.create_subprocess_exec(
             *argv, cwd=ROOT, env=dict(os.environ), stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
+        # What a shell starts in the background ignores SIGINT, and so would its children.
         jobs: list[dict[str, Any]] = []
         async with asyncio.timeout(60):
             while not any(job["status"] == "running" for job in jobs):

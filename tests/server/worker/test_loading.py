@@ -92,7 +92,9 @@ def test_fp8_without_a_device_that_has_it_is_misuse_in_one_line(folder, tmp_path
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     load = partial(load_model, speed=Speed(quantize="fp8"))
     try:
-        code = run_worker(Settings(data_dir=tmp_path, precision="bf16"), folder, load=load)
+        code = run_worker(
+            Settings(data_dir=tmp_path, precision="bf16", internal_port=0), folder, load=load
+        )
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])

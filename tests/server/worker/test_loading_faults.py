@@ -17,7 +17,7 @@ def test_a_worker_that_cannot_load_says_so_in_one_line(tmp_path, capsys):
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        code = run_worker(Settings(data_dir=tmp_path), tmp_path, load=load)
+        code = run_worker(Settings(data_dir=tmp_path, internal_port=0), tmp_path, load=load)
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
@@ -35,7 +35,9 @@ def test_of_workers_that_share_a_token_one_says_what_is_wrong(tmp_path, capsys):
     os.write(giver, b"1")
     try:
         for _ in range(2):
-            code = run_worker(Settings(data_dir=tmp_path), tmp_path, load=load, token_fd=token)
+            code = run_worker(
+                Settings(data_dir=tmp_path, internal_port=0), tmp_path, load=load, token_fd=token
+            )
             assert code == 2
     finally:
         os.close(token)
@@ -52,7 +54,7 @@ def test_any_other_load_fault_is_one_line_and_may_be_tried_again(tmp_path, capsy
 
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
-        code = run_worker(Settings(data_dir=tmp_path), tmp_path, load=load)
+        code = run_worker(Settings(data_dir=tmp_path, internal_port=0), tmp_path, load=load)
     finally:
         signal.signal(signal.SIGTERM, before[0])
         signal.signal(signal.SIGINT, before[1])
@@ -66,7 +68,9 @@ def test_a_certificate_that_cannot_sign_is_one_line_before_anything_is_loaded(tm
     def load(_, precision):
         raise AssertionError("loaded before the certificate was tried")
 
-    settings = Settings(data_dir=tmp_path, c2pa_cert=tmp_path / "a.pem", c2pa_key=tmp_path / "b")
+    settings = Settings(
+        data_dir=tmp_path, internal_port=0, c2pa_cert=tmp_path / "a.pem", c2pa_key=tmp_path / "b"
+    )
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     try:
         assert run_worker(settings, tmp_path, load=load) == 2
