@@ -5,8 +5,8 @@
 Every row is measured against compiled diffusers in turns (A B B A), after a warm-up, with the same
 weights, inputs and number of evaluations. Rows are written to benchmarks/results/ as they come; a
 run that was cut off goes on where it was, as long as device, versions and revision are the same. No
-network is needed. diffusers may be installed, or lie as wheels in a folder (with importlib_metadata
-and zipp; they are unpacked for the run).
+network is needed. diffusers may be installed, or lie as wheels in a folder with what it imports
+(docs/performance.md lists it); they are unpacked for the run.
 """
 
 from __future__ import annotations

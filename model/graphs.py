@@ -30,10 +30,12 @@ from model.stack import StackInput, StackRunner
 log = logging.getLogger(__name__)
 
 MAX_SEQUENCES = 16  # of a batch; one with more is not small
-MAX_GRAPHS = 16  # per stack; the one that was used longest ago goes first
+MAX_GRAPHS = 32  # per stack: all buckets of up to 4096 tokens; the least recently used goes first
 SMALLEST = 64  # tokens of a bucket
 PER_OCTAVE = 8  # buckets between a number and its double: at most an eighth is dummy
-TOLERANCE = 0.02  # relative L2 between a graph's first replay and the same work done directly
+# Relative L2 between a graph's first replay and the same work done directly. Products of another
+# size are summed otherwise, which 26 blocks in bf16 carry to about 0.01; what is wrong is near 1.
+TOLERANCE = 0.05
 
 
 class Graph(Protocol):

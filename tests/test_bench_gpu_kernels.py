@@ -36,6 +36,17 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
     )
 
 
+@pytest.mark.parametrize("target", ["bench-gpu-kernels", "bench-gpu-model"])
+def test_make_installs_nothing_where_there_is_no_network(target):
+    nowhere = ("STAMP=/nowhere/.installed", "GPU_PYTHON=some-python")
+    done = subprocess.run(
+        ["make", "-n", *nowhere, target], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    module = target.replace("-", "_")
+    assert done.stdout.split() == ["some-python", "-m", f"benchmarks.{module}"]
+
+
 BARE = """
 import sys
 for name in sys.argv[1].split(","):
@@ -59,7 +70,13 @@ def test_the_gpu_tests_are_found_where_little_is_installed():
         text=True,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    for name in ("test_triton", "test_custom_ops", "test_graphs", "test_quantize", "test_attention"):
+    for name in (
+        "test_triton",
+        "test_custom_ops",
+        "test_graphs",
+        "test_quantize",
+        "test_attention",
+    ):
         assert f"{name}.py::" in done.stdout
 
 

@@ -122,6 +122,7 @@ def test_replayed_batches_of_any_kind_equal_eager_ones(dit, graph):
     assert sum(each.replays for each in graph.made) > 30
 
 
+@pytest.mark.slow  # brings the compiler
 def test_compiled_blocks_know_the_buffers_of_graphs(dit, graph):
     """What was compiled for the first batch is what is captured: no graph of the compiler more."""
     import torch._dynamo as dynamo
