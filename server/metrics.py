@@ -21,7 +21,6 @@ FOLDER_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 PREFIX = "lumina_"
 MEDIA_TYPE = CONTENT_TYPE_LATEST
 
-PRIORITY_NAMES = ("low", "normal", "high")
 STAGES = ("encode", "denoise", "decode", "store")
 ENDED = ("succeeded", "failed", "canceled", "expired")
 SIZE_CLASSES = ("<=512", "<=1024", ">1024")

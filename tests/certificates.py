@@ -1,4 +1,4 @@
-"""Certificate chains as an operator would get them for C2PA, made on the spot."""
+"""Certificates made on the spot: chains as an operator would get them for C2PA, and for servers."""
 
 import datetime
 from dataclasses import dataclass
@@ -44,6 +44,32 @@ def make_signing(folder: Path, kind: str = "es256", *, valid_days: int = 30) -> 
     for path, secret in ((files.key, key), (files.other_key, other)):
         path.write_bytes(secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
     return files
+
+
+def self_signed(name: str, folder: Path) -> Path:
+    """A self-signed certificate for `name` with its key, as PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.datetime.now(datetime.UTC)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .sign(key, SHA256())
+    )
+    pem = key.private_bytes(
+        Encoding.PEM,
+        PrivateFormat.PKCS8,
+        NoEncryption(),
+    )
+    file = folder / f"{name}.pem"
+    file.write_bytes(pem + signed.public_bytes(Encoding.PEM))
+    return file
 
 
 def _name(common: str) -> x509.Name:

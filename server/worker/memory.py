@@ -103,12 +103,7 @@ def fit_memory(samples: list[Sample], decode_bytes: int, free_bytes: int) -> Mem
 
 def host_memory() -> tuple[int, int]:
     """Bytes this process has resident, and bytes of the machine; 0 where that is unknown."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return 0, 0
-    total = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
-    return _host_bytes("VmRSS"), total[0] if total else 0
+    return _host_bytes("VmRSS"), _host_bytes("MemTotal", "/proc/meminfo")
 
 
 def _reset_host_peak() -> None:
@@ -118,12 +113,12 @@ def _reset_host_peak() -> None:
         return
 
 
-def _host_bytes(name: str) -> int:
+def _host_bytes(name: str, table: str = "/proc/self/status") -> int:
     try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
+        lines = Path(table).read_text(encoding="ascii").splitlines()
     except OSError:
         return 0
-    found = [line.split()[1] for line in status.splitlines() if line.startswith(name + ":")]
+    found = [line.split()[1] for line in lines if line.startswith(name + ":")]
     return int(found[0]) * 1024 if found else 0
 
 

@@ -25,8 +25,8 @@ from server.queue import submission
 from server.queue.api_keys import KeyRing, anonymous_webhook_secret, new_webhook_secret
 from server.queue.connection import connect
 from server.queue.jobs import JobQueue
+from tests.certificates import self_signed
 from tests.fakes import FakeClock
-from tests.server.certificates import certificate
 from tests.server.fake_worker import service
 from tests.server.keyed import keyed
 from tests.server.queue.helpers import RESULT, claim_one, spec
@@ -251,7 +251,7 @@ def test_a_name_that_answers_differently_later_reaches_nothing(redis_url: str) -
 
 def test_tls_names_the_host_and_believes_no_other(redis_url: str, tmp_path: Path) -> None:
     async def scenario() -> None:
-        pem = certificate("hooks.test", tmp_path)
+        pem = self_signed("hooks.test", tmp_path)
         theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         theirs.load_cert_chain(pem)
         names: list[str | None] = []
